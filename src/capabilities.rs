@@ -1,0 +1,105 @@
+//! [`Capabilities`]: what a backend really provides, so that nobody has to guess.
+
+use std::time::Duration;
+
+/// What ends a grant whose holder is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Expiry {
+    /// The server ends it when its TTL runs out, whatever happened to the holder: also one that is frozen.
+    Ttl,
+    /// It ends with the holder's connection, file handle or process. One that is frozen keeps it.
+    Session,
+}
+
+/// In which order waiters get a lock. Inside one process it is always first come, first served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Fairness {
+    /// Processes race for it.
+    None,
+    /// Processes, too, get it in the order in which they came.
+    Fifo,
+}
+
+/// What a backend really provides: [`LockProvider::capabilities`](crate::LockProvider::capabilities).
+///
+/// ```
+/// # use fencelock::LockProvider;
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> fencelock::Result<()> {
+/// let provider = fencelock::connect("memory:").await?;
+/// assert!(provider.capabilities().wakes_waiters);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Capabilities {
+    /// The shortest TTL that it takes.
+    pub min_ttl: Duration,
+    /// The longest TTL that it takes.
+    pub max_ttl: Duration,
+    /// What ends a grant whose holder is gone.
+    pub expiry: Expiry,
+    /// Whether it has shared locks (many readers, one writer).
+    pub shared: bool,
+    /// Whether it has permits (a semaphore).
+    pub permits: bool,
+    /// Whether [`hold_at_least`](crate::LockOptions::hold_at_least) outlives the process that asked for it.
+    pub keeps_after_exit: bool,
+    /// Whether a release wakes the next waiter, in whatever process. If not, waiters poll.
+    pub wakes_waiters: bool,
+    /// In which order processes get a lock.
+    pub fairness: Fairness,
+}
+
+impl Capabilities {
+    /// A backend that takes TTLs from `min_ttl` to `max_ttl`, and has none of the rest.
+    #[must_use]
+    pub const fn new(min_ttl: Duration, max_ttl: Duration, expiry: Expiry) -> Self {
+        Self {
+            min_ttl,
+            max_ttl,
+            expiry,
+            shared: false,
+            permits: false,
+            keeps_after_exit: false,
+            wakes_waiters: false,
+            fairness: Fairness::None,
+        }
+    }
+
+    /// Sets [`shared`](Self::shared).
+    #[must_use]
+    pub const fn shared(mut self, shared: bool) -> Self {
+        self.shared = shared;
+        self
+    }
+
+    /// Sets [`permits`](Self::permits).
+    #[must_use]
+    pub const fn permits(mut self, permits: bool) -> Self {
+        self.permits = permits;
+        self
+    }
+
+    /// Sets [`keeps_after_exit`](Self::keeps_after_exit).
+    #[must_use]
+    pub const fn keeps_after_exit(mut self, keeps: bool) -> Self {
+        self.keeps_after_exit = keeps;
+        self
+    }
+
+    /// Sets [`wakes_waiters`](Self::wakes_waiters).
+    #[must_use]
+    pub const fn wakes_waiters(mut self, wakes: bool) -> Self {
+        self.wakes_waiters = wakes;
+        self
+    }
+
+    /// Sets [`fairness`](Self::fairness).
+    #[must_use]
+    pub const fn fairness(mut self, fairness: Fairness) -> Self {
+        self.fairness = fairness;
+        self
+    }
+}
