@@ -1,0 +1,467 @@
+//! Brings grants in: one claim in the caller's own future, then, if the lock is busy, a driver task that waits on the
+//! server on behalf of all local waiters.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tracing::{Instrument, Span, field};
+
+use super::Engine;
+use super::backoff::{Backoff, jitter};
+use super::holding::Holding;
+use super::queue::{Begin, ClaimEnd, Delivery, Head, Trouble, Waiter, Watchers};
+use super::releaser::Job;
+use super::worker::OnDrop;
+use crate::backend::{Backend, Claim, Grant, Mode, Outcome};
+use crate::capabilities::Fairness;
+use crate::clock::Instant;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::LockGuard;
+use crate::name::LockName;
+use crate::options::Terms;
+
+/// How much longer than the caller's time limit an attempt that is under way may take to be answered.
+const ROUND_TRIP: Duration = Duration::from_millis(200);
+/// How long the driver asks the backend to wait on the server at a time.
+const WAIT: Duration = Duration::from_secs(10);
+/// How the driver polls a backend that doesn't wait, and how it retries a failing one.
+const FIRST_DELAY: Duration = Duration::from_millis(10);
+const SLOWEST_POLL: Duration = Duration::from_millis(500);
+const SLOWEST_RETRY: Duration = Duration::from_secs(1);
+/// How long other processes get to take a lock that has passed from hand to hand here, where the server keeps no order.
+const YIELD: Duration = Duration::from_millis(3);
+
+/// How long a caller waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// One attempt.
+    Try,
+    /// Until then; [`Instant::NEVER`] is as long as it takes.
+    Until(Instant),
+}
+
+/// One call of an acquire method.
+#[derive(Debug)]
+pub(super) struct Request<'a> {
+    /// The name on the server.
+    pub(super) name: &'a LockName,
+    pub(super) display_name: &'a LockName,
+    pub(super) terms: &'a Terms,
+    pub(super) patience: Patience,
+}
+
+impl<B: Backend> Engine<B> {
+    pub(super) async fn acquire(self: &Arc<Self>, request: Request<'_>) -> Result<Option<LockGuard>> {
+        let span = tracing::debug_span!(
+            "acquire",
+            lock.name = %request.display_name.quoted(),
+            lock.backend = self.backend.name(),
+            lock.token = field::Empty,
+            lock.mode = "exclusive",
+            waited_ms = field::Empty,
+        );
+        let (began, display_name) = (Instant::now(), request.display_name);
+        let result = self.acquire_inner(request).instrument(span.clone()).await;
+        record(&span, began, &result);
+        result.map_err(|error| error.during("acquire", self.backend.name(), Some(display_name)))
+    }
+
+    async fn acquire_inner(self: &Arc<Self>, request: Request<'_>) -> Result<Option<LockGuard>> {
+        self.ensure_workers()?;
+        let call = Call { number: self.next_number(), began: Instant::now(), request };
+        let mut backoff = Backoff::new(FIRST_DELAY, SLOWEST_RETRY);
+        let mut trouble: Option<Error> = None;
+        loop {
+            if self.is_closed() {
+                return Err(Error::new(ErrorKind::Closed, "the provider has been closed"));
+            }
+            let begin = match call.request.patience {
+                Patience::Try => self.queues.begin_try(call.name()),
+                Patience::Until(_) => self.queues.begin_acquire(call.name(), |deliver| call.waiter(deliver)),
+            };
+            match begin {
+                Begin::Claim => match self.claim(&call).await? {
+                    Claimed::Granted(guard) => return Ok(Some(guard)),
+                    Claimed::Busy => return Ok(None),
+                    Claimed::Queued(delivery) => {
+                        if let Some(result) = self.wait(&call, delivery).await {
+                            return result;
+                        }
+                    }
+                    Claimed::Failed(error) => {
+                        let delay = backoff.next();
+                        if call.gives_up_at() <= Instant::now() + delay {
+                            return Err(error);
+                        }
+                        trouble = Some(error);
+                        tokio::time::sleep(delay).await;
+                    }
+                },
+                Begin::Queued(delivery) => {
+                    if self.is_closed() {
+                        // It was closed after the look above, and may have sent the waiters away before we came.
+                        self.queues.leave(call.name(), call.number);
+                        continue;
+                    }
+                    if let Some(result) = self.wait(&call, delivery).await {
+                        return result;
+                    }
+                }
+                Begin::Busy => return Ok(None),
+                Begin::Watch(watchers) => {
+                    if self.watch(&call, &watchers).await? {
+                        return Ok(None);
+                    }
+                    if call.gives_up_at().has_passed()
+                        && let Some(error) = trouble.take()
+                    {
+                        return Err(error);
+                    }
+                }
+                Begin::Expired(holding) => {
+                    holding.expire(self);
+                    tokio::task::yield_now().await;
+                }
+            }
+            self.ensure_workers()?;
+        }
+    }
+
+    /// A try waits for what is under way. True: it found the lock busy, and was sent after this call began.
+    async fn watch(&self, call: &Call<'_>, watchers: &Watchers) -> Result<bool> {
+        match tokio::time::timeout(call.gives_up_at().remaining(), watchers.changed()).await {
+            Ok(()) => Ok(watchers.found_busy_after(call.number)),
+            Err(_) => Err(Error::new(
+                ErrorKind::Unavailable,
+                "an earlier request of this process for the same lock has not been answered",
+            )),
+        }
+    }
+
+    /// One claim, in the caller's own future. The slot is `Claiming`, and isn't any more afterwards.
+    async fn claim(self: &Arc<Self>, call: &Call<'_>) -> Result<Claimed> {
+        let name = call.name();
+        let terms = call.request.terms;
+        let claim = match Claim::new(name.clone(), Mode::Exclusive, terms.ttl) {
+            Ok(claim) => claim,
+            Err(error) => {
+                self.serve(self.queues.end_claim(name, ClaimEnd::Failed, None, None), name);
+                return Err(error);
+            }
+        };
+        self.longest_ttl.fetch_max(
+            u64::try_from(terms.ttl.as_nanos()).unwrap_or(u64::MAX),
+            std::sync::atomic::Ordering::Relaxed,
+        );
+        let number = self.next_number();
+        let attempt = Attempt::new(self, claim);
+        let claimed_at = Instant::now();
+        let answer = tokio::time::timeout(
+            call.answer_limit().remaining(),
+            self.backend.try_claim(&attempt.claim, Duration::ZERO),
+        )
+        .await;
+        let error = match answer {
+            Ok(Ok(Outcome::Granted(grant))) if !grant.has_expired() && !self.is_closed() => {
+                let claim = attempt.disarm();
+                let display_name = call.request.display_name.clone();
+                let holding = Holding::new(self, &claim, claimed_at, grant, display_name, terms.clone());
+                let next = self.queues.end_claim(name, ClaimEnd::Granted(holding.clone()), None, None);
+                self.serve(next, name);
+                return Ok(Claimed::Granted(holding.into_guard(self)));
+            }
+            Ok(Ok(Outcome::Granted(_))) => {
+                drop(attempt); // to be abandoned
+                Error::new(ErrorKind::Unknown, "the grant came too late to be used")
+            }
+            Ok(Ok(Outcome::Busy { .. })) => {
+                let _ = attempt.disarm();
+                return Ok(self.after_claim(call, ClaimEnd::Busy(number), None).unwrap_or(Claimed::Busy));
+            }
+            Ok(Err(error)) if error.kind() == ErrorKind::Unknown => {
+                drop(attempt); // to be abandoned
+                error
+            }
+            Ok(Err(error)) => {
+                let _ = attempt.disarm();
+                let retry = error.is_retryable() && !call.gives_up_at().has_passed();
+                let trouble = retry.then(|| Trouble::new(claimed_at, &error));
+                return match self.after_claim(call, ClaimEnd::Failed, trouble) {
+                    Some(queued) if retry => Ok(queued),
+                    _ if retry => Ok(Claimed::Failed(error)),
+                    _ => Err(error),
+                };
+            }
+            Err(_) => {
+                drop(attempt); // to be abandoned
+                return Err(Error::new(ErrorKind::Unknown, "the claim has not been answered in time"));
+            }
+        };
+        // What comes next waits for the abandonment: as a waiter, or as a try that watches it.
+        Ok(Claimed::Failed(error))
+    }
+
+    /// Ends a claim that was answered. A caller who waits is queued, unless it has failed for good.
+    fn after_claim(
+        self: &Arc<Self>,
+        call: &Call<'_>,
+        end: ClaimEnd<B>,
+        trouble: Option<Trouble>,
+    ) -> Option<Claimed> {
+        let for_good = matches!(end, ClaimEnd::Failed) && trouble.is_none();
+        let (waiter, queued) = match call.request.patience {
+            Patience::Until(_) if !for_good => {
+                let (deliver, delivery) = oneshot::channel();
+                (Some(call.waiter(deliver)), Some(Claimed::Queued(delivery)))
+            }
+            _ => (None, None),
+        };
+        self.serve(self.queues.end_claim(call.name(), end, waiter, trouble), call.name());
+        queued
+    }
+
+    /// Waits in the queue. `None`: begin again, at the same place.
+    async fn wait(
+        self: &Arc<Self>,
+        call: &Call<'_>,
+        mut delivery: oneshot::Receiver<Delivery>,
+    ) -> Option<Result<Option<LockGuard>>> {
+        let mut trouble = None;
+        let leave = OnDrop(Some(|| trouble = self.queues.leave(call.name(), call.number)));
+        let deadline = match call.request.patience {
+            Patience::Until(deadline) => deadline,
+            Patience::Try => Instant::now(),
+        };
+        let delivered = loop {
+            if deadline == Instant::NEVER {
+                break (&mut delivery).await.ok();
+            }
+            match tokio::time::timeout(deadline.remaining(), &mut delivery).await {
+                Ok(delivered) => break delivered.ok(),
+                Err(_) if !deadline.has_passed() => {} // the timer's clock is coarser than ours
+                Err(_) => break None,
+            }
+        };
+        drop(leave);
+        // What was delivered while we left is not lost.
+        match delivered.or_else(|| delivery.try_recv().ok()) {
+            Some(Delivery::Granted(guard)) => Some(Ok(Some(guard))),
+            Some(Delivery::Failed(error)) => Some(Err(error)),
+            Some(Delivery::Again) => None,
+            None if !deadline.has_passed() => None,
+            None => Some(trouble.map_or(Ok(None), Err)),
+        }
+    }
+
+    /// Gives a grant to the first local waiter, or back to the server if none is left who can use it.
+    pub(super) fn deliver(self: &Arc<Self>, claim: &Claim, claimed_at: Instant, grant: Grant<B::Hold>) {
+        if grant.has_expired() {
+            self.queues.begin_freeing(&claim.name);
+            self.releaser.push(self, Job::Abandon(claim.clone()));
+            return;
+        }
+        let mut grant = Some(grant);
+        let delivered = self.queues.deliver(claim, |waiter| {
+            let grant = grant.take().expect("asked for once");
+            Holding::for_waiter(self, claim, claimed_at, grant, waiter)
+        });
+        match delivered {
+            Some((holding, waiter)) => {
+                // If the waiter has left, the guard comes back and is dropped: the next one is served.
+                drop(waiter.deliver.send(Delivery::Granted(holding.into_guard(self))));
+            }
+            None => self.releaser.push(self, Job::Abandon(claim.clone())),
+        }
+    }
+}
+
+/// Serves the waiters of one name: claims for the first, waits on the server, and hands what it gets to whoever is
+/// first then. A waiter who leaves doesn't cost the others the place on the server. Ends with the first grant, since
+/// from then on the holder's release serves the next, or when nobody waits.
+pub(super) async fn drive<B: Backend>(engine: Arc<Engine<B>>, name: LockName) {
+    // Dropped with its runtime: the waiters of other runtimes see to it themselves.
+    let mut died = OnDrop(Some({
+        let (engine, name) = (engine.clone(), name.clone());
+        move || engine.queues.driver_died(&name)
+    }));
+    drive_to_the_end(&engine, &name).await;
+    died.0 = None;
+}
+
+async fn drive_to_the_end<B: Backend>(engine: &Arc<Engine<B>>, name: &LockName) {
+    loop {
+        let Head::Claim { ttl, mode, failures, yields, stop } = engine.queues.head(name) else { return };
+        if failures > 0 {
+            let delay = Backoff::new(FIRST_DELAY, SLOWEST_RETRY).after(failures - 1).next();
+            if tokio::time::timeout(delay, stop.notified()).await.is_ok() {
+                continue;
+            }
+        }
+        if yields && engine.capabilities.fairness == Fairness::None {
+            tokio::time::sleep(YIELD / 2 + jitter(YIELD / 2)).await;
+        }
+        let began = Instant::now();
+        let error = match Claim::new(name.clone(), mode, ttl) {
+            Ok(claim) => match claim_for_waiters(engine, Attempt::new(engine, claim), &stop).await {
+                Ok(()) => return,
+                Err(error) => error,
+            },
+            Err(error) => error,
+        };
+        engine.queues.fail(name, began, &error);
+        if error.kind() == ErrorKind::Unknown {
+            return; // it is being abandoned, and then there is a new driver
+        }
+    }
+}
+
+/// One claim, asked again until it is granted or nobody needs it. An error has been cleared up after; if it is of kind
+/// `Unknown`, by abandoning the claim in the background.
+async fn claim_for_waiters<B: Backend>(
+    engine: &Arc<Engine<B>>,
+    attempt: Attempt<'_, B>,
+    stop: &Notify,
+) -> Result<()> {
+    let mut poll = Backoff::new(FIRST_DELAY, SLOWEST_POLL);
+    loop {
+        let claimed_at = Instant::now();
+        let answer = {
+            let answer =
+                tokio::time::timeout(WAIT + WAIT / 2, engine.backend.try_claim(&attempt.claim, WAIT));
+            tokio::pin!(answer);
+            loop {
+                tokio::select! {
+                    answer = &mut answer => break answer,
+                    () = stop.notified() => {
+                        if engine.queues.give_up(&attempt.claim) {
+                            return Ok(()); // dropping both abandons it
+                        }
+                    }
+                }
+            }
+        };
+        let retry_after = match answer {
+            Ok(Ok(Outcome::Granted(grant))) => {
+                engine.deliver(&attempt.disarm(), claimed_at, grant);
+                return Ok(());
+            }
+            Ok(Ok(Outcome::Busy { retry_after })) => retry_after,
+            Ok(Err(error)) => {
+                if error.kind() != ErrorKind::Unknown {
+                    let _ = attempt.disarm();
+                }
+                return Err(error);
+            }
+            Err(_) => return Err(Error::new(ErrorKind::Unknown, "the claim has not been answered in time")),
+        };
+        engine.queues.clear_trouble(&attempt.claim.name);
+        if engine.queues.give_up(&attempt.claim) {
+            return Ok(());
+        }
+        let waited = claimed_at.elapsed();
+        if waited >= WAIT / 2 || (retry_after == Some(Duration::ZERO) && !waited.is_zero()) {
+            poll.reset(); // the backend has waited: no reason to wait once more
+            continue;
+        }
+        let delay = poll.next().min(retry_after.unwrap_or(Duration::MAX));
+        let _ = tokio::time::timeout(delay, stop.notified()).await; // either will do
+    }
+}
+
+/// A claim that may have reached the server. Unless it is disarmed, by an answer that leaves nothing behind, dropping it
+/// at whatever point has it abandoned; until that is done the name stays occupied.
+struct Attempt<'a, B: Backend> {
+    engine: &'a Arc<Engine<B>>,
+    claim: Claim,
+    armed: bool,
+}
+
+impl<'a, B: Backend> Attempt<'a, B> {
+    fn new(engine: &'a Arc<Engine<B>>, claim: Claim) -> Self {
+        Self { engine, claim, armed: true }
+    }
+
+    fn disarm(mut self) -> Claim {
+        self.armed = false;
+        self.claim.clone()
+    }
+}
+
+impl<B: Backend> Drop for Attempt<'_, B> {
+    fn drop(&mut self) {
+        if self.armed {
+            self.engine.queues.begin_freeing(&self.claim.name);
+            self.engine.releaser.push(self.engine, Job::Abandon(self.claim.clone()));
+        }
+    }
+}
+
+enum Claimed {
+    Granted(LockGuard),
+    Busy,
+    /// Busy or failing, and the caller waits.
+    Queued(oneshot::Receiver<Delivery>),
+    /// It may go better next time.
+    Failed(Error),
+}
+
+/// A request with its place in the order of calls.
+struct Call<'a> {
+    number: u64,
+    began: Instant,
+    request: Request<'a>,
+}
+
+impl Call<'_> {
+    fn name(&self) -> &LockName {
+        self.request.name
+    }
+
+    fn waiter(&self, deliver: oneshot::Sender<Delivery>) -> Waiter {
+        Waiter {
+            number: self.number,
+            arrived: self.began,
+            display_name: self.request.display_name.clone(),
+            terms: self.request.terms.clone(),
+            mode: Mode::Exclusive,
+            deliver,
+        }
+    }
+
+    /// When an outage becomes an error.
+    fn gives_up_at(&self) -> Instant {
+        let outage = self.began + self.request.terms.retry_for;
+        match self.request.patience {
+            Patience::Try => outage,
+            Patience::Until(deadline) => outage.min(deadline),
+        }
+    }
+
+    /// When a claim that is under way counts as unanswered.
+    fn answer_limit(&self) -> Instant {
+        self.gives_up_at().max(Instant::now()) + ROUND_TRIP
+    }
+}
+
+fn record(span: &Span, began: Instant, result: &Result<Option<LockGuard>>) {
+    if span.is_disabled() {
+        return;
+    }
+    span.record("waited_ms", u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
+    if let Ok(Some(guard)) = result {
+        span.record("lock.token", guard.fencing_token().get());
+    }
+}
+
+impl<H> Grant<H> {
+    /// Whether it has run out before it could be used.
+    fn has_expired(&self) -> bool {
+        match &self.validity {
+            crate::backend::Validity::Until(until) => until.has_passed(),
+            crate::backend::Validity::Session(session) => {
+                session.ended().is_some() || session.deadline().has_passed()
+            }
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! Keeps grants alive: one task that renews many in few requests, ends those whose time is up, and decides loss.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use super::backoff::Backoff;
+use super::holding::{Holding, Timing};
+use super::worker::Worker;
+use super::{Engine, lock};
+use crate::backend::{Backend, Due, Renewal};
+use crate::clock::Instant;
+use crate::error::{Error, ErrorKind};
+use crate::guard::Loss;
+use crate::tenure::State;
+
+/// What is due within this time travels in the same request.
+const SLACK: Duration = Duration::from_millis(25);
+/// How many renewals one request carries at most.
+const BATCH: usize = 500;
+/// A renewal is given at least so long to be answered.
+const SHORTEST_TIMEOUT: Duration = Duration::from_millis(10);
+
+pub(crate) struct Keeper<B: Backend> {
+    schedule: Mutex<Schedule<B>>,
+    worker: Arc<Worker>,
+}
+
+struct Schedule<B: Backend> {
+    holdings: BTreeMap<(Instant, u64), Arc<Holding<B>>>,
+    /// When the task will look again if nobody wakes it.
+    looks_at: Instant,
+}
+
+impl<B: Backend> Keeper<B> {
+    pub(crate) fn new() -> Self {
+        let schedule = Schedule { holdings: BTreeMap::new(), looks_at: Instant::NEVER };
+        Self { schedule: Mutex::new(schedule), worker: Arc::default() }
+    }
+
+    pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
+        let (weak, worker) = (Arc::downgrade(engine), self.worker.clone());
+        let task = move || async move {
+            while let Some(engine) = weak.upgrade() {
+                let next = engine.keeper.look(&engine);
+                drop(engine);
+                if next == Instant::NEVER {
+                    worker.woken().await;
+                } else {
+                    let _ = tokio::time::timeout(next.remaining(), worker.woken()).await; // either will do
+                }
+            }
+        };
+        self.worker.ensure_running(runtime, task, || {});
+    }
+
+    pub(super) fn stop(&self) {
+        self.worker.wake();
+    }
+
+    pub(super) fn add(&self, holding: Arc<Holding<B>>) {
+        let mut schedule = lock(&self.schedule);
+        let mut timing = lock(&holding.timing);
+        self.insert(&mut schedule, &holding, &mut timing);
+    }
+
+    pub(super) fn remove(&self, holding: &Holding<B>) {
+        let removed = {
+            let mut schedule = lock(&self.schedule);
+            let scheduled = lock(&holding.timing).scheduled.take();
+            scheduled.and_then(|at| schedule.holdings.remove(&(at, holding.number)))
+        };
+        drop(removed);
+    }
+
+    /// Everything that is held, or kept for `hold_at_least`.
+    pub(super) fn live(&self) -> Vec<Arc<Holding<B>>> {
+        lock(&self.schedule).holdings.values().cloned().collect()
+    }
+
+    /// Renews a released grant until `until`, and only then frees it.
+    pub(super) fn keep(&self, holding: &Arc<Holding<B>>, until: Instant) {
+        lock(&holding.timing).keep_until = Some(until);
+        self.remove(holding);
+        self.add(holding.clone());
+    }
+
+    /// The job has taken too long: renewal stops, and the lock is freed when its TTL has run out.
+    pub(super) fn after_max_hold(&self, holding: &Holding<B>) {
+        let deadline = holding.tenure.deadline();
+        self.change(holding, |timing| {
+            timing.renew_at = Instant::NEVER;
+            timing.max_hold_at = Instant::NEVER;
+            timing.free_at = deadline.min(Instant::now() + holding.terms.ttl);
+        });
+    }
+
+    /// Changes when what is due for a holding that the keeper has, and lets it look again if it has become earlier.
+    fn change(&self, holding: &Holding<B>, change: impl FnOnce(&mut Timing)) {
+        let mut schedule = lock(&self.schedule);
+        let mut timing = lock(&holding.timing);
+        change(&mut timing);
+        if let Some(at) = timing.scheduled
+            && let Some(holding) = schedule.holdings.remove(&(at, holding.number))
+        {
+            self.insert(&mut schedule, &holding, &mut timing);
+        }
+    }
+
+    fn insert(&self, schedule: &mut Schedule<B>, holding: &Arc<Holding<B>>, timing: &mut Timing) {
+        let at = match timing.keep_until {
+            Some(until) => timing.renew_at.min(until),
+            None => {
+                timing.renew_at.min(timing.max_hold_at).min(timing.free_at).min(holding.tenure.deadline())
+            }
+        };
+        timing.scheduled = Some(at);
+        schedule.holdings.insert((at, holding.number), holding.clone());
+        if at < schedule.looks_at {
+            schedule.looks_at = at;
+            self.worker.wake();
+        }
+    }
+
+    /// Does what is due; says when to look again.
+    fn look(&self, engine: &Arc<Engine<B>>) -> Instant {
+        let now = Instant::now();
+        let due = {
+            let mut schedule = lock(&self.schedule);
+            let later = schedule.holdings.split_off(&(now + SLACK, 0));
+            std::mem::replace(&mut schedule.holdings, later)
+        };
+        let mut renewals = Vec::new();
+        for holding in due.into_values() {
+            if self.tend(engine, &holding, now) {
+                renewals.push(holding);
+            }
+        }
+        // Requests of very different length would share the fate of the shortest.
+        renewals.sort_by_key(|holding| holding.terms.ttl);
+        for batch in
+            renewals.chunk_by(|a, b| b.terms.ttl <= a.terms.ttl * 2).flat_map(|like| like.chunks(BATCH))
+        {
+            tokio::spawn(renew(engine.clone(), batch.to_vec()));
+        }
+        let mut schedule = lock(&self.schedule);
+        schedule.looks_at = schedule.holdings.keys().next().map_or(Instant::NEVER, |&(at, _)| at);
+        schedule.looks_at
+    }
+
+    /// Does what is due for one holding that has been taken out of the schedule, and puts it back where it has to be
+    /// looked at again. True: renew it.
+    fn tend(&self, engine: &Arc<Engine<B>>, holding: &Arc<Holding<B>>, now: Instant) -> bool {
+        // Noticing an expiry here tells everybody; taking the holding out again is harmless.
+        let state = holding.tenure.state();
+        let (renew, over, too_long) = {
+            let mut schedule = lock(&self.schedule);
+            let mut timing = lock(&holding.timing);
+            if timing.scheduled.take().is_none() {
+                return false; // removed in the meantime
+            }
+            let over = match (state, timing.keep_until) {
+                (State::Released, Some(until)) => until.has_passed_at(now),
+                (State::Lost(Loss::MaxHold), _) => timing.free_at.has_passed_at(now),
+                (State::Held, _) => false,
+                (State::Released | State::Lost(_), _) => return false,
+            };
+            let too_long = state == State::Held && timing.max_hold_at.has_passed_at(now);
+            let mut renew = !over && !too_long && timing.renew_at.has_passed_at(now + SLACK);
+            if renew {
+                (renew, timing.renew_at) = next_renewal(holding, now);
+            }
+            if !over {
+                self.insert(&mut schedule, holding, &mut timing);
+            }
+            (renew, over, too_long)
+        };
+        if over {
+            lock(&holding.timing).keep_until = None;
+            // A kept grant's cleanup belongs to its release, which left it to the keeper.
+            engine.free_kept_or_lost(holding);
+        }
+        if too_long {
+            holding.tenure.lose(Loss::MaxHold);
+        }
+        renew
+    }
+
+    /// What a renewal came to.
+    fn heed(&self, holding: &Holding<B>, sent: Instant, renewal: Renewal) {
+        let tenure = &holding.tenure;
+        let third = holding.terms.ttl / 3;
+        match renewal {
+            Renewal::Until(until) => {
+                let renew_at = if let Some(session) = tenure.session() {
+                    session.extend(until);
+                    sent + third
+                } else {
+                    tenure.extend(until);
+                    until.before(third * 2)
+                };
+                self.change(holding, |timing| {
+                    timing.failures = 0;
+                    if timing.renew_at != Instant::NEVER {
+                        timing.renew_at = renew_at;
+                    }
+                });
+            }
+            Renewal::Lost(loss) => {
+                if let Some(session) = tenure.session().filter(|_| loss == Loss::SessionEnded) {
+                    session.end(loss);
+                }
+                tenure.lose(loss);
+            }
+            Renewal::Failed(error) => {
+                tracing::warn!(
+                    lock.name = %holding.display_name().quoted(),
+                    lock.token = crate::guard::Held::token(holding).get(),
+                    %error,
+                    "renewal failed: the old deadline stands"
+                );
+                let delay = retry_delay(holding);
+                let at = Instant::now() + delay;
+                if let Some(session) = tenure.session() {
+                    session.beat_again_at(at);
+                }
+                self.change(holding, |timing| {
+                    timing.failures = timing.failures.saturating_add(1);
+                    if timing.renew_at != Instant::NEVER {
+                        timing.renew_at = at;
+                    }
+                });
+            }
+        }
+    }
+}
+
+/// Whether to renew this one now, and when its renewal is due next. While a request is under way that is when the
+/// request will have failed.
+fn next_renewal<B: Backend>(holding: &Holding<B>, now: Instant) -> (bool, Instant) {
+    let retry_at = now + timeout(holding) + SHORTEST_TIMEOUT;
+    match holding.tenure.session().map(|session| session.take_beat(now + SLACK, holding.terms.ttl / 3)) {
+        Some(Err(another_beats_at)) => (false, another_beats_at),
+        Some(Ok(())) | None => (true, retry_at),
+    }
+}
+
+/// How long a renewal may take: so that at least one more fits in before the deadline.
+fn timeout<B: Backend>(holding: &Holding<B>) -> Duration {
+    let left = holding.tenure.deadline().remaining().min(holding.terms.ttl);
+    (left / 2).max(SHORTEST_TIMEOUT)
+}
+
+/// How long to wait after a failed renewal: several more tries must fit in before the deadline.
+fn retry_delay<B: Backend>(holding: &Holding<B>) -> Duration {
+    let failures = lock(&holding.timing).failures;
+    Backoff::new(holding.terms.ttl / 50, holding.terms.ttl / 8).after(failures.min(8)).next()
+}
+
+/// Renews a batch of grants in one request, which counts as failed when it isn't answered in time.
+async fn renew<B: Backend>(engine: Arc<Engine<B>>, batch: Vec<Arc<Holding<B>>>) {
+    let limit = batch.iter().map(|holding| timeout(holding)).min().unwrap_or(SHORTEST_TIMEOUT);
+    let sent = Instant::now();
+    let mut renewals = {
+        let due: Vec<_> =
+            batch.iter().map(|holding| Due { hold: &holding.hold, ttl: holding.terms.ttl }).collect();
+        tokio::time::timeout(limit, engine.backend.renew(&due)).await.unwrap_or_default().into_iter()
+    };
+    for holding in batch {
+        let renewal = renewals.next().unwrap_or_else(|| {
+            let error = Error::new(ErrorKind::Unavailable, "the renewal has not been answered");
+            Renewal::Failed(holding.describe(error, "renew"))
+        });
+        engine.keeper.heed(&holding, sent, renewal);
+    }
+}

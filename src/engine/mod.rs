@@ -1,0 +1,130 @@
+//! Everything that every backend needs and none writes: queueing, waiting, renewal, loss, release, close.
+//!
+//! One [`Engine`] serves one provider. What goes on for a name is kept in [`queue`]; [`acquire`] brings grants in,
+//! [`holding`] is a grant as long as it is held, [`keeper`] keeps it alive, and [`releaser`] brings it back. Nothing here
+//! knows a driver, and no backend is asked anything that isn't in [`Backend`].
+
+mod acquire;
+mod backoff;
+mod holding;
+mod keeper;
+mod provider;
+mod queue;
+mod releaser;
+mod worker;
+
+use std::collections::hash_map::RandomState;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+pub use self::provider::{Provider, ProviderBuilder};
+
+use self::keeper::Keeper;
+use self::queue::Queues;
+use self::releaser::Releaser;
+use crate::backend::Backend;
+use crate::capabilities::Capabilities;
+use crate::error::{Error, ErrorKind, Result};
+
+pub(crate) struct Engine<B: Backend> {
+    backend: B,
+    capabilities: Capabilities,
+    queues: Queues<B>,
+    keeper: Keeper<B>,
+    releaser: Releaser<B>,
+    closed: AtomicBool,
+    backend_closed: tokio::sync::OnceCell<()>,
+    /// Numbers calls, claims and grants in the order in which they began.
+    sequence: AtomicU64,
+    /// The longest TTL asked for so far, in nanoseconds: what bounds `close`.
+    longest_ttl: AtomicU64,
+}
+
+impl<B: Backend> Engine<B> {
+    fn new(backend: B) -> Arc<Self> {
+        Arc::new(Self {
+            capabilities: backend.capabilities(),
+            backend,
+            queues: Queues::new(RandomState::new()),
+            keeper: Keeper::new(),
+            releaser: Releaser::new(),
+            closed: AtomicBool::new(false),
+            backend_closed: tokio::sync::OnceCell::new(),
+            sequence: AtomicU64::new(1),
+            longest_ttl: AtomicU64::new(0),
+        })
+    }
+
+    fn next_number(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// Sees that keeper and releaser run, on the caller's runtime if they don't run on another one.
+    fn ensure_workers(self: &Arc<Self>) -> Result<()> {
+        let runtime = Handle::try_current().map_err(|_| {
+            Error::new(ErrorKind::Config, "locks need a tokio runtime: call this from inside one")
+        })?;
+        self.keeper.ensure_running(self, &runtime);
+        self.releaser.ensure_running(self, &runtime);
+        Ok(())
+    }
+
+    async fn close(self: &Arc<Self>) -> Result<()> {
+        self.closed.store(true, Ordering::Release);
+        self.queues.fail_all(|| Error::new(ErrorKind::Closed, "the provider has been closed"));
+        self.ensure_workers()?;
+        let bound = Duration::from_nanos(self.longest_ttl.load(Ordering::Relaxed));
+        let quiet = async {
+            loop {
+                let settled = self.queues.settled();
+                if self.queues.is_settled() && self.releaser.is_idle() {
+                    return;
+                }
+                settled.await;
+            }
+        };
+        if tokio::time::timeout(bound, quiet).await.is_err() {
+            tracing::warn!(
+                lock.backend = self.backend.name(),
+                "closed with releases still under way: their ttl frees them"
+            );
+        }
+        for holding in self.keeper.live() {
+            tracing::warn!(
+                lock.name = %holding.display_name().quoted(),
+                lock.backend = self.backend.name(),
+                "the provider was closed while this lock is held"
+            );
+        }
+        self.backend_closed.get_or_try_init(|| self.backend.close()).await.map(drop)
+    }
+}
+
+impl<B: Backend> Drop for Engine<B> {
+    fn drop(&mut self) {
+        self.keeper.stop();
+        self.releaser.stop();
+    }
+}
+
+impl<B: Backend> fmt::Debug for Engine<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Engine")
+            .field("backend", &self.backend)
+            .field("closed", &self.is_closed())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Locks a mutex of the engine. None is ever left half-changed by a panic: what runs under them is the engine's own.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

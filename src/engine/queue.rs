@@ -1,0 +1,545 @@
+//! What this process does about each name: who holds it, who waits for it, and the one request under way for it.
+//!
+//! At most one request per name is under way at a time: a claim in a caller's own future, a driver task that waits on
+//! the server for all local waiters, or a release. Everything else queues here, first come, first served.
+//!
+//! Nothing may look at a tenure's state with a shard locked: a loss noticed there would come back here.
+
+use std::collections::hash_map::{Entry, RandomState};
+use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::sync::futures::Notified;
+use tokio::sync::{Notify, oneshot};
+
+use super::holding::Holding;
+use super::lock;
+use crate::backend::{Backend, Claim, Mode};
+use crate::clock::Instant;
+use crate::error::Error;
+use crate::guard::LockGuard;
+use crate::name::LockName;
+use crate::options::Terms;
+
+const SHARDS: usize = 32;
+
+/// How often in a row a lock may pass from hand to hand inside this process while others may be waiting on the server.
+const MAX_TRANSFERS: u32 = 16;
+/// For how long, too.
+const MAX_TRANSFER_TIME: Duration = Duration::from_millis(20);
+
+pub(crate) struct Queues<B: Backend> {
+    shards: [Mutex<HashMap<LockName, Slot<B>, RandomState>>; SHARDS],
+    hasher: RandomState,
+    settled: Notify,
+}
+
+pub(crate) struct Slot<B: Backend> {
+    holder: Option<Arc<Holding<B>>>,
+    activity: Activity,
+    waiters: VecDeque<Waiter>,
+    /// Tries that wait for the outcome of what is under way.
+    watchers: Option<Arc<Watchers>>,
+    /// Wakes the driver when its last waiter is gone.
+    stop: Option<Arc<Notify>>,
+    /// The outage that the driver is riding out.
+    trouble: Option<Trouble>,
+    /// The run of transfers inside this process: how many, since when.
+    streak: Option<(u32, Instant)>,
+    /// The run has just been cut short for the sake of others: let them go first.
+    yields: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Activity {
+    Idle,
+    /// A caller's own future is claiming.
+    Claiming,
+    /// The driver task is claiming for the waiters.
+    Driving,
+    /// A release or an abandonment is queued or under way.
+    Freeing,
+}
+
+/// What a failing server has said so far.
+pub(crate) struct Trouble {
+    since: Instant,
+    failures: u32,
+    error: Error,
+}
+
+impl Trouble {
+    pub(crate) fn new(since: Instant, error: &Error) -> Self {
+        Self { since, failures: 1, error: error.duplicate() }
+    }
+}
+
+/// A local waiter, in the order of its number.
+pub(crate) struct Waiter {
+    pub(crate) number: u64,
+    pub(crate) arrived: Instant,
+    pub(crate) display_name: LockName,
+    pub(crate) terms: Terms,
+    pub(crate) mode: Mode,
+    pub(crate) deliver: oneshot::Sender<Delivery>,
+}
+
+impl Waiter {
+    /// Whether a grant of this claim would do for this waiter.
+    fn fits(&self, claim: &Claim) -> bool {
+        self.terms.ttl == claim.ttl && self.mode == claim.mode
+    }
+}
+
+pub(crate) enum Delivery {
+    Granted(LockGuard),
+    Failed(Error),
+    /// Who served the queue is gone with its runtime: queue again, and see that somebody serves it.
+    Again,
+}
+
+/// Wakes tries when what they watch is over, and tells them of a claim that found the lock busy.
+#[derive(Default)]
+pub(crate) struct Watchers {
+    over: AtomicBool,
+    changed: Notify,
+    busy: AtomicU64,
+}
+
+impl Watchers {
+    pub(crate) async fn changed(&self) {
+        let changed = self.changed.notified();
+        if !self.over.load(Ordering::Acquire) {
+            changed.await;
+        }
+    }
+
+    fn notify(&self) {
+        self.over.store(true, Ordering::Release);
+        self.changed.notify_waiters();
+    }
+
+    /// Whether a claim that began after the call of this number has found the lock busy.
+    pub(crate) fn found_busy_after(&self, number: u64) -> bool {
+        self.busy.load(Ordering::Acquire) > number
+    }
+}
+
+/// How a call may go on.
+pub(crate) enum Begin<B: Backend> {
+    /// The slot is the caller's: claim.
+    Claim,
+    /// Somebody here has it or is before us.
+    Busy,
+    /// Something is under way: look again when it is over.
+    Watch(Arc<Watchers>),
+    /// The holder's time is up and nobody has noticed: notice it, outside.
+    Expired(Arc<Holding<B>>),
+    Queued(oneshot::Receiver<Delivery>),
+}
+
+/// What a claim in a caller's own future came to, as far as the queue is concerned.
+pub(crate) enum ClaimEnd<B: Backend> {
+    Granted(Arc<Holding<B>>),
+    /// Busy; the number is the claim's.
+    Busy(u64),
+    Failed,
+}
+
+/// What has to be done after a change, once the shard is unlocked.
+#[must_use]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Nothing,
+    /// Spawn the driver: the slot says `Driving` already.
+    Drive,
+}
+
+/// What a driver shall do next.
+pub(crate) enum Head {
+    /// Claim for the first waiter, with its TTL and mode.
+    Claim {
+        ttl: Duration,
+        mode: Mode,
+        /// Claims that have failed in a row: back off first.
+        failures: u32,
+        /// Let other processes go first.
+        yields: bool,
+        stop: Arc<Notify>,
+    },
+    /// Nobody waits; the driver's job has ended with this answer.
+    Nobody,
+}
+
+impl<B: Backend> Slot<B> {
+    fn new(activity: Activity) -> Self {
+        Self {
+            holder: None,
+            activity,
+            waiters: VecDeque::new(),
+            watchers: None,
+            stop: None,
+            trouble: None,
+            streak: None,
+            yields: false,
+        }
+    }
+
+    fn notify(&mut self) {
+        if let Some(watchers) = self.watchers.take() {
+            watchers.notify();
+        }
+    }
+
+    fn watch(&mut self) -> Arc<Watchers> {
+        self.watchers.get_or_insert_default().clone()
+    }
+
+    /// In the order of the numbers, so that a waiter who comes back has its old place.
+    fn enqueue(&mut self, waiter: Waiter) {
+        let place = self.waiters.partition_point(|other| other.number < waiter.number);
+        self.waiters.insert(place, waiter);
+    }
+
+    fn start_driving(&mut self) -> Next {
+        self.activity = Activity::Driving;
+        self.stop = Some(Arc::new(Notify::new()));
+        self.notify();
+        Next::Drive
+    }
+
+    fn is_empty(&self) -> bool {
+        self.holder.is_none() && self.activity == Activity::Idle && self.waiters.is_empty()
+    }
+}
+
+impl<B: Backend> Queues<B> {
+    pub(crate) fn new(hasher: RandomState) -> Self {
+        Self {
+            shards: std::array::from_fn(|_| Mutex::new(HashMap::with_hasher(hasher.clone()))),
+            hasher,
+            settled: Notify::new(),
+        }
+    }
+
+    fn shard(&self, name: &LockName) -> MutexGuard<'_, HashMap<LockName, Slot<B>, RandomState>> {
+        // The map uses the low bits of the same hash.
+        let hash = self.hasher.hash_one(name) >> 32;
+        lock(&self.shards[usize::try_from(hash).unwrap_or_default() % SHARDS])
+    }
+
+    /// Runs `change` on the slot of this name if there is one, and drops the slot if nothing is left in it.
+    fn with<R>(&self, name: &LockName, change: impl FnOnce(&mut Slot<B>) -> R) -> Option<R> {
+        let mut shard = self.shard(name);
+        let slot = shard.get_mut(name)?;
+        let result = change(slot);
+        let idle = slot.activity == Activity::Idle;
+        // What is taken out is dropped once the shard is unlocked: a holder's end may have work to do.
+        let removed = slot.is_empty().then(|| shard.remove(name));
+        drop(shard);
+        if let Some(Some(mut slot)) = removed {
+            slot.notify();
+        }
+        if idle {
+            self.settled.notify_waiters();
+        }
+        Some(result)
+    }
+
+    /// Whether a try of this number may claim now.
+    pub(crate) fn begin_try(&self, name: &LockName) -> Begin<B> {
+        match self.shard(name).entry(name.clone()) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Slot::new(Activity::Claiming));
+                Begin::Claim
+            }
+            Entry::Occupied(mut occupied) => {
+                let slot = occupied.get_mut();
+                match (&slot.holder, slot.activity) {
+                    (Some(holder), _) if holder.is_overdue() => Begin::Expired(holder.clone()),
+                    (Some(_), Activity::Idle) | (None, Activity::Driving) => Begin::Busy,
+                    _ if !slot.waiters.is_empty() => Begin::Busy,
+                    (_, Activity::Claiming | Activity::Freeing | Activity::Driving) => {
+                        Begin::Watch(slot.watch())
+                    }
+                    (None, Activity::Idle) => {
+                        slot.activity = Activity::Claiming;
+                        Begin::Claim
+                    }
+                }
+            }
+        }
+    }
+
+    /// Claims if nothing is in the way, or queues what `waiter` makes.
+    pub(crate) fn begin_acquire(
+        &self,
+        name: &LockName,
+        waiter: impl FnOnce(oneshot::Sender<Delivery>) -> Waiter,
+    ) -> Begin<B> {
+        match self.shard(name).entry(name.clone()) {
+            Entry::Vacant(vacant) => {
+                vacant.insert(Slot::new(Activity::Claiming));
+                Begin::Claim
+            }
+            Entry::Occupied(mut occupied) => {
+                let slot = occupied.get_mut();
+                match &slot.holder {
+                    Some(holder) if holder.is_overdue() => return Begin::Expired(holder.clone()),
+                    None if slot.activity == Activity::Idle && slot.waiters.is_empty() => {
+                        slot.activity = Activity::Claiming;
+                        return Begin::Claim;
+                    }
+                    _ => {}
+                }
+                let (deliver, receiver) = oneshot::channel();
+                slot.enqueue(waiter(deliver));
+                Begin::Queued(receiver)
+            }
+        }
+    }
+
+    /// Ends a claim that `begin_…` allowed. `waiter` queues the caller itself, `trouble` is what the claim failed of.
+    pub(crate) fn end_claim(
+        &self,
+        name: &LockName,
+        end: ClaimEnd<B>,
+        waiter: Option<Waiter>,
+        trouble: Option<Trouble>,
+    ) -> Next {
+        self.with(name, |slot| {
+            slot.activity = Activity::Idle;
+            match end {
+                ClaimEnd::Granted(holding) => slot.holder = Some(holding),
+                ClaimEnd::Busy(number) => {
+                    if let Some(watchers) = &slot.watchers {
+                        watchers.busy.fetch_max(number, Ordering::AcqRel);
+                    }
+                }
+                ClaimEnd::Failed => {}
+            }
+            if let Some(waiter) = waiter {
+                slot.enqueue(waiter);
+            }
+            slot.trouble = trouble;
+            slot.notify();
+            if slot.holder.is_none() && !slot.waiters.is_empty() {
+                slot.start_driving()
+            } else {
+                Next::Nothing
+            }
+        })
+        .unwrap_or(Next::Nothing)
+    }
+
+    /// A claim was broken off, or a grant ends: whatever it was is to be freed on the server, and until then the name
+    /// stays occupied.
+    pub(crate) fn begin_freeing(&self, name: &LockName) {
+        let holder = self.with(name, |slot| {
+            slot.activity = Activity::Freeing;
+            slot.stop = None;
+            slot.holder.take()
+        });
+        drop(holder); // with the shard unlocked
+    }
+
+    /// A release takes effect only when `hold_at_least` is over: until then the name is held.
+    pub(crate) fn keep(&self, holding: &Arc<Holding<B>>) {
+        self.with(&holding.name, |slot| {
+            slot.holder = Some(holding.clone());
+            slot.activity = Activity::Idle;
+            slot.notify();
+        });
+    }
+
+    /// The driver's task is gone with its runtime.
+    pub(crate) fn driver_died(&self, name: &LockName) {
+        let waiters = self.with(name, |slot| {
+            if slot.activity == Activity::Driving {
+                slot.activity = Activity::Idle;
+            }
+            slot.stop = None;
+            slot.notify();
+            std::mem::take(&mut slot.waiters)
+        });
+        for waiter in waiters.into_iter().flatten() {
+            let _ = waiter.deliver.send(Delivery::Again); // it may have left
+        }
+    }
+
+    /// Ends what `begin_freeing` began.
+    pub(crate) fn end_freeing(&self, name: &LockName) -> Next {
+        self.with(name, |slot| {
+            if slot.activity != Activity::Freeing {
+                return Next::Nothing;
+            }
+            slot.streak = None;
+            slot.activity = Activity::Idle;
+            slot.notify();
+            if slot.waiters.is_empty() { Next::Nothing } else { slot.start_driving() }
+        })
+        .unwrap_or(Next::Nothing)
+    }
+
+    /// Whom a lock that is being freed could be handed to: the TTL and mode of the first waiter. `None` if nobody waits,
+    /// or the lock has passed from hand to hand here for long enough.
+    pub(crate) fn transfer_candidate(&self, name: &LockName) -> Option<(Duration, Mode)> {
+        self.with(name, |slot| {
+            let first = slot.waiters.front()?;
+            let (count, since) = *slot.streak.get_or_insert_with(|| (0, Instant::now()));
+            if count >= MAX_TRANSFERS || since.elapsed() > MAX_TRANSFER_TIME {
+                slot.yields = true;
+                return None;
+            }
+            slot.streak = Some((count + 1, since));
+            Some((first.terms.ttl, first.mode))
+        })?
+    }
+
+    /// Gives a grant of `claim` to the first waiter, as the holding that `hold` makes of it. `None`, with `hold` unused
+    /// and the slot `Freeing`, if nobody is there whom the grant fits.
+    pub(crate) fn deliver(
+        &self,
+        claim: &Claim,
+        hold: impl FnOnce(&Waiter) -> Arc<Holding<B>>,
+    ) -> Option<(Arc<Holding<B>>, Waiter)> {
+        self.with(&claim.name, |slot| {
+            slot.stop = None;
+            slot.trouble = None;
+            let fitting = slot.waiters.front().is_some_and(|first| first.fits(claim));
+            let Some(waiter) = fitting.then(|| slot.waiters.pop_front()).flatten() else {
+                slot.activity = Activity::Freeing;
+                return None;
+            };
+            let holding = hold(&waiter);
+            slot.holder = Some(holding.clone());
+            slot.activity = Activity::Idle;
+            slot.notify();
+            Some((holding, waiter))
+        })?
+    }
+
+    /// For whom the driver claims next, if anybody waits.
+    pub(crate) fn head(&self, name: &LockName) -> Head {
+        self.with(name, |slot| match (slot.waiters.front(), &slot.stop) {
+            (Some(first), Some(stop)) => Head::Claim {
+                ttl: first.terms.ttl,
+                mode: first.mode,
+                failures: slot.trouble.as_ref().map_or(0, |trouble| trouble.failures),
+                yields: std::mem::take(&mut slot.yields),
+                stop: stop.clone(),
+            },
+            _ => {
+                slot.activity = Activity::Idle;
+                slot.stop = None;
+                slot.notify();
+                Head::Nobody
+            }
+        })
+        .unwrap_or(Head::Nobody)
+    }
+
+    /// Whether the driver's claim has become pointless: nobody waits, or the first waiter needs another one. If nobody
+    /// waits, the slot is `Freeing` from this answer on.
+    pub(crate) fn give_up(&self, claim: &Claim) -> bool {
+        self.with(&claim.name, |slot| match slot.waiters.front() {
+            Some(first) if first.fits(claim) => false,
+            _ => {
+                slot.activity = Activity::Freeing;
+                true
+            }
+        })
+        .unwrap_or(true)
+    }
+
+    /// The driver's claim has been answered: the server is there.
+    pub(crate) fn clear_trouble(&self, name: &LockName) {
+        self.with(name, |slot| slot.trouble = None);
+    }
+
+    /// The driver's claim has failed. Takes out the waiters who have ridden out the outage long enough, or the first
+    /// one if the error won't go away by itself.
+    pub(crate) fn fail(&self, name: &LockName, since: Instant, error: &Error) {
+        let failed = self.with(name, |slot| {
+            if !error.is_retryable() {
+                return slot.waiters.pop_front().into_iter().collect();
+            }
+            let mut trouble = Trouble::new(since, error);
+            if let Some(before) = slot.trouble.take() {
+                trouble.since = before.since;
+                trouble.failures = before.failures.saturating_add(1);
+            }
+            let since = trouble.since;
+            slot.trouble = Some(trouble);
+            let (failed, patient) = slot
+                .waiters
+                .drain(..)
+                .partition(|waiter| (since.max(waiter.arrived) + waiter.terms.retry_for).has_passed());
+            slot.waiters = patient;
+            failed
+        });
+        for waiter in failed.unwrap_or_else(VecDeque::new) {
+            let _ = waiter.deliver.send(Delivery::Failed(error.duplicate())); // it may have left
+        }
+    }
+
+    /// A waiter is gone. If it was the last, the driver stops. Says what the outage is, if there is one.
+    pub(crate) fn leave(&self, name: &LockName, number: u64) -> Option<Error> {
+        self.with(name, |slot| {
+            if let Ok(place) = slot.waiters.binary_search_by_key(&number, |waiter| waiter.number) {
+                slot.waiters.remove(place);
+            }
+            if slot.waiters.is_empty()
+                && let Some(stop) = &slot.stop
+            {
+                stop.notify_one();
+            }
+            slot.trouble.as_ref().map(|trouble| trouble.error.duplicate())
+        })?
+    }
+
+    /// Sends every waiter away with an error.
+    pub(crate) fn fail_all(&self, error: impl Fn() -> Error) {
+        self.clear(|| Delivery::Failed(error()));
+    }
+
+    /// Who served the queues is gone with its runtime: every waiter and every try has to see for itself.
+    pub(crate) fn start_again(&self) {
+        self.clear(|| Delivery::Again);
+    }
+
+    fn clear(&self, delivery: impl Fn() -> Delivery) {
+        for shard in &self.shards {
+            let mut waiters = Vec::new();
+            for slot in lock(shard).values_mut() {
+                waiters.extend(slot.waiters.drain(..));
+                slot.notify();
+                if let Some(stop) = &slot.stop {
+                    stop.notify_one();
+                }
+            }
+            for waiter in waiters {
+                let _ = waiter.deliver.send(delivery()); // it may have left
+            }
+        }
+    }
+
+    /// Says that something which isn't in the queues has settled.
+    pub(crate) fn notify_settled(&self) {
+        self.settled.notify_waiters();
+    }
+
+    /// Resolves at the next change that may have settled everything. Take it before asking
+    /// [`is_settled`](Self::is_settled).
+    pub(crate) fn settled(&self) -> Notified<'_> {
+        self.settled.notified()
+    }
+
+    /// Whether nothing is under way for any name.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.shards.iter().all(|shard| lock(shard).values().all(|slot| slot.activity == Activity::Idle))
+    }
+}

@@ -1,0 +1,308 @@
+//! Brings grants back: of guards that were dropped or released, of claims that were broken off, of holders that are lost.
+//!
+//! What is to be done is in a queue that outlives any runtime. Whoever does it may be dropped at any await: then what
+//! is left of it goes back into the queue.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::task::JoinSet;
+
+use super::backoff::Backoff;
+use super::holding::Holding;
+use super::queue::Next;
+use super::worker::{OnDrop, Worker};
+use super::{Engine, lock};
+use crate::backend::{Backend, Claim, Released};
+use crate::clock::Instant;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::Loss;
+use crate::name::LockName;
+use crate::tenure::State;
+
+/// How many releases are under way at once.
+const CONCURRENT: usize = 256;
+const FIRST_RETRY: Duration = Duration::from_millis(10);
+const SLOWEST_RETRY: Duration = Duration::from_secs(1);
+
+/// Something to bring back. The name's slot is `Freeing` until it is done.
+pub(crate) enum Job<B: Backend> {
+    Release(Arc<Holding<B>>),
+    /// A transfer from the holding to the claim whose outcome nobody knows: the one is released, then the other abandoned.
+    Split(Arc<Holding<B>>, Claim),
+    /// A claim that may have been granted, or queued on the server.
+    Abandon(Claim),
+    /// A grant that is gone already: only the next waiter has to be served.
+    Gone(LockName),
+}
+
+pub(crate) struct Releaser<B: Backend> {
+    queue: Mutex<Queue<B>>,
+    worker: Arc<Worker>,
+}
+
+struct Queue<B: Backend> {
+    jobs: VecDeque<Job<B>>,
+    /// Jobs that the worker has taken.
+    running: usize,
+    /// Keeps the engine alive while the worker has something to do. Not set while no worker runs, or the queue would
+    /// keep its own owner alive for ever.
+    anchor: Option<Arc<Engine<B>>>,
+}
+
+impl<B: Backend> Releaser<B> {
+    pub(crate) fn new() -> Self {
+        let queue = Queue { jobs: VecDeque::new(), running: 0, anchor: None };
+        Self { queue: Mutex::new(queue), worker: Arc::default() }
+    }
+
+    pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
+        let worker = self.worker.clone();
+        let (weak, ending) = (Arc::downgrade(engine), Arc::downgrade(engine));
+        let task = move || async move {
+            let mut running = JoinSet::new();
+            loop {
+                let Some(engine) = weak.upgrade() else { return };
+                while running.len() < CONCURRENT {
+                    let Some(job) = engine.releaser.take() else { break };
+                    running.spawn(carry_out(engine.clone(), job));
+                }
+                drop(engine);
+                tokio::select! {
+                    () = worker.woken() => {}
+                    Some(_) = running.join_next() => {}
+                }
+            }
+        };
+        let on_end = move || {
+            // Jobs that were running have put themselves back; somebody who still lives has to start a new worker.
+            if let Some(engine) = ending.upgrade() {
+                let anchor = lock(&engine.releaser.queue).anchor.take();
+                engine.queues.start_again();
+                drop(anchor);
+            }
+        };
+        self.worker.ensure_running(runtime, task, on_end);
+    }
+
+    pub(super) fn stop(&self) {
+        self.worker.wake();
+    }
+
+    /// Queues a job. Never blocks or spawns; works outside a runtime and when there is none any more.
+    pub(super) fn push(&self, engine: &Arc<Engine<B>>, job: Job<B>) {
+        let mut queue = lock(&self.queue);
+        queue.jobs.push_back(job);
+        if self.worker.is_running() {
+            queue.anchor.get_or_insert_with(|| engine.clone());
+        }
+        drop(queue);
+        self.worker.wake();
+    }
+
+    fn take(&self) -> Option<Job<B>> {
+        let mut queue = lock(&self.queue);
+        let job = queue.jobs.pop_front();
+        match job {
+            Some(_) => {
+                queue.running += 1;
+                job
+            }
+            None => {
+                // The caller has the engine: this isn't the last of it.
+                queue.anchor = None;
+                None
+            }
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        let queue = lock(&self.queue);
+        queue.jobs.is_empty() && queue.running == 0
+    }
+}
+
+/// Does one job to its end.
+async fn carry_out<B: Backend>(engine: Arc<Engine<B>>, job: Job<B>) {
+    let _running = OnDrop(Some({
+        let engine = engine.clone();
+        move || {
+            lock(&engine.releaser.queue).running -= 1;
+            engine.queues.notify_settled();
+        }
+    }));
+    match job {
+        Job::Release(holding) => {
+            if let Err(error) = engine.release(holding.clone(), None).await {
+                tracing::warn!(
+                    lock.name = %holding.display_name().quoted(),
+                    error = %holding.describe(error, "release"),
+                    "release failed: the ttl frees the lock"
+                );
+            }
+        }
+        Job::Split(holding, claim) => engine.split(holding, claim).await,
+        Job::Abandon(claim) => engine.abandon(claim).await,
+        Job::Gone(name) => engine.serve(engine.queues.end_freeing(&name), &name),
+    }
+}
+
+/// A job under way in some future. Dropped before it is done, it goes back into the queue.
+struct UnderWay<'a, B: Backend> {
+    engine: &'a Arc<Engine<B>>,
+    job: Option<Job<B>>,
+}
+
+impl<'a, B: Backend> UnderWay<'a, B> {
+    fn new(engine: &'a Arc<Engine<B>>, job: Job<B>) -> Self {
+        Self { engine, job: Some(job) }
+    }
+
+    fn done(mut self) {
+        self.job = None;
+    }
+}
+
+impl<B: Backend> Drop for UnderWay<'_, B> {
+    fn drop(&mut self) {
+        if let Some(job) = self.job.take() {
+            self.engine.releaser.push(self.engine, job);
+        }
+    }
+}
+
+impl<B: Backend> Engine<B> {
+    /// Releases for a caller who waits. What can't be done within `retry_for` is done in the background.
+    pub(super) async fn release_now(self: &Arc<Self>, holding: Arc<Holding<B>>) -> Result<()> {
+        let limit = Instant::now() + holding.terms.retry_for;
+        match self.release(holding, Some(limit)).await? {
+            Released::Yes => Ok(()),
+            Released::NotHeld => Err(Error::lost(Loss::Taken)),
+        }
+    }
+
+    /// Frees a holding whose slot is `Freeing`: hands it to the next local waiter, or has the server free it, now or when
+    /// `hold_at_least` is over. With a `limit`, leaves it to the background from then on.
+    async fn release(self: &Arc<Self>, holding: Arc<Holding<B>>, limit: Option<Instant>) -> Result<Released> {
+        let keep_for = holding.keep_for();
+        if !keep_for.is_zero() && !self.capabilities.keeps_after_exit && !self.is_closed() {
+            self.keeper.keep(&holding, Instant::now() + keep_for);
+            self.queues.keep(&holding);
+            return Ok(Released::Yes);
+        }
+        self.keeper.remove(&holding);
+        if keep_for.is_zero() && holding.tenure.state() == State::Released {
+            if let Some((ttl, mode)) = self.queues.transfer_candidate(&holding.name) {
+                if let Ok(claim) = Claim::new(holding.name.clone(), mode, ttl) {
+                    let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
+                    let claimed_at = Instant::now();
+                    match self.backend.transfer(&holding.hold, &claim).await {
+                        Ok(Some(grant)) => {
+                            under_way.done();
+                            self.deliver(&claim, claimed_at, grant);
+                            return Ok(Released::Yes);
+                        }
+                        Ok(None) => under_way.done(),
+                        Err(error) => {
+                            tracing::debug!(%error, "transfer failed: releasing instead");
+                            drop(under_way);
+                            return Ok(Released::Yes);
+                        }
+                    }
+                }
+            }
+        }
+        let under_way = UnderWay::new(self, Job::Release(holding.clone()));
+        let released = self.release_on_server(&holding, keep_for, limit).await;
+        if limit.is_some() && released.as_ref().is_err_and(Error::is_retryable) && !holding.is_past_ttl() {
+            return released; // the rest in the background
+        }
+        under_way.done();
+        self.serve(self.queues.end_freeing(&holding.name), &holding.name);
+        released
+    }
+
+    /// Asks the server until it has answered, the limit is reached, or the TTL has freed the lock anyway.
+    async fn release_on_server(
+        &self,
+        holding: &Holding<B>,
+        keep_for: Duration,
+        limit: Option<Instant>,
+    ) -> Result<Released> {
+        let mut backoff = Backoff::new(FIRST_RETRY, SLOWEST_RETRY);
+        let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
+        let mut ambiguous = false;
+        loop {
+            let answer =
+                tokio::time::timeout(limit.remaining(), self.backend.release(&holding.hold, keep_for)).await;
+            let error = match answer {
+                Ok(Ok(Released::NotHeld)) if ambiguous => return Ok(Released::Yes),
+                Ok(Ok(released)) => return Ok(released),
+                Ok(Err(error)) => error,
+                Err(_) => Error::new(ErrorKind::Unknown, "the release has not been answered"),
+            };
+            ambiguous |= error.kind() == ErrorKind::Unknown;
+            let delay = backoff.next();
+            if !error.is_retryable() || (Instant::now() + delay) >= limit {
+                return Err(error);
+            }
+            tokio::time::sleep(delay).await;
+        }
+    }
+
+    /// Clears up after a transfer whose outcome nobody knows.
+    async fn split(self: &Arc<Self>, holding: Arc<Holding<B>>, claim: Claim) {
+        let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
+        if let Err(error) = self.release_on_server(&holding, Duration::ZERO, None).await {
+            tracing::warn!(lock.name = %holding.display_name().quoted(), %error, "release after a failed transfer failed");
+        }
+        under_way.done();
+        self.abandon(claim).await;
+    }
+
+    /// Abandons a claim whose slot is `Freeing`, until the server has confirmed it or the TTL has freed the lock anyway.
+    async fn abandon(self: &Arc<Self>, claim: Claim) {
+        let under_way = UnderWay::new(self, Job::Abandon(claim.clone()));
+        let mut backoff = Backoff::new(FIRST_RETRY, SLOWEST_RETRY);
+        let limit = Instant::now() + claim.ttl;
+        loop {
+            let error = match tokio::time::timeout(limit.remaining(), self.backend.abandon(&claim)).await {
+                Ok(Ok(())) => break,
+                Ok(Err(error)) => error,
+                Err(_) => Error::new(ErrorKind::Unknown, "it has not been answered"),
+            };
+            let delay = backoff.next();
+            if (Instant::now() + delay) >= limit {
+                tracing::warn!(
+                    lock.name = %claim.name.quoted(),
+                    lock.backend = self.backend.name(),
+                    %error,
+                    "a broken-off claim could not be taken back: the ttl frees the lock"
+                );
+                break;
+            }
+            tokio::time::sleep(delay).await;
+        }
+        under_way.done();
+        self.serve(self.queues.end_freeing(&claim.name), &claim.name);
+    }
+
+    /// What a keeper does when `hold_at_least` is over, or the TTL after `max_hold`.
+    pub(super) fn free_kept_or_lost(self: &Arc<Self>, holding: &Arc<Holding<B>>) {
+        if holding.tenure.state() == State::Released {
+            self.queues.begin_freeing(&holding.name);
+            self.releaser.push(self, Job::Release(holding.clone()));
+        } else {
+            holding.free_in_background(self);
+        }
+    }
+
+    /// Serves the next waiter if that is what a change of the slot asks for.
+    pub(super) fn serve(self: &Arc<Self>, next: Next, name: &LockName) {
+        if next == Next::Drive {
+            tokio::spawn(super::acquire::drive(self.clone(), name.clone()));
+        }
+    }
+}
