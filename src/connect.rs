@@ -1,0 +1,243 @@
+//! [`connect`]: from a URL to a provider. The only place that names every backend.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::backend::Backend;
+use crate::engine::Provider;
+use crate::error::{Error, ErrorKind, Result};
+use crate::file::FileLocks;
+use crate::lock::LockProvider;
+use crate::memory::Memory;
+use crate::options::LockOptions;
+
+/// Schemes of the backends that are still to come, and the features that they will have.
+const NOT_YET: [(&str, &str); 6] = [
+    ("redis", "redis"),
+    ("rediss", "redis"),
+    ("redlock", "redis"),
+    ("postgres", "postgres"),
+    ("sqlserver", "sqlserver"),
+    ("azblob", "azure"),
+];
+
+/// The provider that a URL names.
+///
+/// | URL | backend |
+/// |---|---|
+/// | `memory:` | [`memory`](crate::memory): the same URL in one process has the same locks |
+/// | `memory:NAME` | the same, isolated from other names |
+/// | `file:PATH` | [`file`](crate::file): lock files in the directory `PATH`, which is created if it is missing |
+///
+/// The path is taken literally, up to a `?`: nothing in it is percent-decoded. `file:///some/dir` is `file:/some/dir`.
+///
+/// Query parameters set the provider's defaults, on every backend:
+///
+/// | parameter | meaning |
+/// |---|---|
+/// | `ttl=30s` | [`LockOptions::ttl`] |
+/// | `auto_renew=false` | [`LockOptions::auto_renew`] |
+/// | `max_hold=10m` | [`LockOptions::max_hold`] |
+/// | `hold_at_least=5s` | [`LockOptions::hold_at_least`] |
+/// | `retry_for=10s` | [`LockOptions::retry_for`] |
+/// | `prefix=app` | [`ProviderBuilder::prefix`](crate::ProviderBuilder::prefix) |
+///
+/// A duration needs a unit: `500ms`, `30s`, `5m`, `1h 30m`.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() -> fencelock::Result<()> {
+/// let provider = fencelock::connect("memory:?ttl=10s&prefix=billing").await?;
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+///
+/// [`Config`](ErrorKind::Config) for a URL or a parameter that can't be, [`Unsupported`](ErrorKind::Unsupported) for a
+/// backend that this build hasn't got; and what the backend says when it can't be reached. The URL is never part of an
+/// error: it may contain a password.
+///
+/// # Cancel safety
+///
+/// Dropping the future leaves nothing behind, but perhaps the directory of `file:`.
+pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
+    let result = match url.split_once(':') {
+        Some(("memory", rest)) => connect_memory(rest),
+        Some(("file", rest)) => connect_file(rest).await,
+        Some((scheme, _)) => Err(unknown(scheme)),
+        None => Err(Error::new(
+            ErrorKind::Config,
+            "this is not a URL: it must begin with a scheme, as in `memory:` or `file:some/dir`",
+        )),
+    };
+    result.map_err(|error| error.during("connect", "url", None))
+}
+
+fn connect_memory(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let (name, common) = Common::take(rest)?;
+    Ok(Box::new(common.build(Memory::named(name))?))
+}
+
+async fn connect_file(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let (path, common) = Common::take(rest)?;
+    let path = match path.strip_prefix("//") {
+        Some(path) if path.starts_with('/') => path,
+        Some(_) => {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "a file URL names no host: write `file:some/dir`, `file:/some/dir` or `file:///some/dir`",
+            ));
+        }
+        None => path,
+    };
+    if path.is_empty() {
+        return Err(Error::new(ErrorKind::Config, "a file URL needs a directory, as in `file:some/dir`"));
+    }
+    let provider = common.build(FileLocks::new(PathBuf::from(path)))?;
+    provider.backend().prepare().await?;
+    Ok(Box::new(provider))
+}
+
+fn unknown(scheme: &str) -> Error {
+    if let Some((scheme, feature)) = NOT_YET.iter().find(|(known, _)| *known == scheme) {
+        let message = format!(
+            "`{scheme}:` needs the cargo feature `{feature}`, which fencelock {} does not offer yet: \
+             use `file:` or `memory:` until then",
+            env!("CARGO_PKG_VERSION")
+        );
+        return Error::new(ErrorKind::Unsupported, message);
+    }
+    // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
+    Error::new(ErrorKind::Config, "unknown scheme: this build knows `memory:` and `file:`")
+}
+
+/// The parameters that every backend understands.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Common {
+    options: LockOptions,
+    prefix: Option<String>,
+}
+
+impl Common {
+    /// Splits what follows the scheme into the backend's part and the parameters.
+    fn take(rest: &str) -> Result<(&str, Self)> {
+        let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let mut common = Self::default();
+        let mut seen = Vec::new();
+        for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+            let options = std::mem::take(&mut common.options);
+            common.options = match &*key {
+                "ttl" => options.ttl(duration("ttl", &value)?),
+                "auto_renew" => options.auto_renew(boolean("auto_renew", &value)?),
+                "max_hold" => options.max_hold(duration("max_hold", &value)?),
+                "hold_at_least" => options.hold_at_least(duration("hold_at_least", &value)?),
+                "retry_for" => options.retry_for(duration("retry_for", &value)?),
+                "prefix" => {
+                    common.prefix = Some(value.into_owned());
+                    options
+                }
+                // Not echoed: a password may have come here through a stray `?`.
+                _ => {
+                    return Err(Error::new(
+                        ErrorKind::Config,
+                        "unknown parameter in the URL: this backend knows ttl, auto_renew, max_hold, hold_at_least, \
+                         retry_for and prefix",
+                    ));
+                }
+            };
+            if seen.contains(&key) {
+                return Err(Error::new(
+                    ErrorKind::Config,
+                    format!("the parameter {key} stands twice in the URL"),
+                ));
+            }
+            seen.push(key);
+        }
+        Ok((rest, common))
+    }
+
+    /// Checks everything, and does no I/O.
+    fn build<B: Backend>(self, backend: B) -> Result<Provider<B>> {
+        let mut builder = Provider::builder(backend).options(self.options);
+        if let Some(prefix) = self.prefix {
+            builder = builder.prefix(prefix);
+        }
+        builder.build()
+    }
+}
+
+fn duration(key: &'static str, value: &str) -> Result<Duration> {
+    humantime::parse_duration(value).map_err(|_| {
+        Error::new(
+            ErrorKind::Config,
+            format!("{key} in the URL must be a number with a unit, as in {key}=30s"),
+        )
+    })
+}
+
+fn boolean(key: &'static str, value: &str) -> Result<bool> {
+    value
+        .parse()
+        .map_err(|_| Error::new(ErrorKind::Config, format!("{key} in the URL must be true or false")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn refused(url: &str) -> Error {
+        match connect(url).await {
+            Ok(provider) => panic!("{url} was accepted: {provider:?}"),
+            Err(error) => error,
+        }
+    }
+
+    #[tokio::test]
+    async fn the_same_memory_url_is_the_same_locks() {
+        let acquire = async |url| connect(url).await.unwrap().create_lock("x").try_acquire().await.unwrap();
+        let held = acquire("memory:the-same").await.expect("free");
+        assert!(acquire("memory:the-same?ttl=5s").await.is_none());
+        assert!(acquire("memory:another").await.is_some());
+        drop(held);
+    }
+
+    #[tokio::test]
+    async fn bad_urls_say_what_to_do() {
+        for (url, says) in [
+            ("", "must begin with a scheme"),
+            ("memory", "must begin with a scheme"),
+            ("mysql://localhost", "this build knows `memory:`"),
+            ("file:", "needs a directory"),
+            ("file://host/dir", "names no host"),
+            ("memory:?ttl=30", "ttl=30s"),
+            ("memory:?ttl=-1s", "ttl=30s"),
+            ("memory:?ttl=0s", "below this backend's minimum"),
+            ("memory:?auto_renew=maybe", "true or false"),
+            ("memory:?ttl=5s&ttl=6s", "twice"),
+            ("memory:?colour=red", "unknown parameter"),
+            ("memory:?prefix=", "a prefix consists of"),
+            ("memory:?prefix=a%3Ab", "a prefix consists of"),
+        ] {
+            let error = refused(url).await;
+            assert_eq!(error.kind(), ErrorKind::Config, "{url}");
+            assert!(error.to_string().contains(says), "{url}: {error}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_backend_to_come_names_its_feature() {
+        for (scheme, feature) in NOT_YET {
+            let error = refused(&format!("{scheme}://user:secret@host/0")).await;
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(&format!("feature `{feature}`")), "{error}");
+            assert!(!format!("{error:?} {error}").contains("secret"));
+        }
+    }
+
+    #[test]
+    fn parameters_are_taken_out() {
+        let (rest, common) = Common::take("some/dir?ttl=1m%2030s&auto_renew=false&prefix=app").unwrap();
+        assert_eq!(rest, "some/dir");
+        let options = LockOptions::new().ttl(Duration::from_secs(90)).auto_renew(false);
+        assert_eq!(common, Common { options, prefix: Some("app".to_owned()) });
+    }
+}
