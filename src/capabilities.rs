@@ -33,6 +33,7 @@ pub enum Fairness {
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(clippy::struct_excessive_bools, reason = "each is an independent yes or no, not a state")]
 pub struct Capabilities {
     /// The shortest TTL that it takes.
     pub min_ttl: Duration,

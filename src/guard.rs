@@ -180,7 +180,7 @@ impl fmt::Debug for LockGuard {
             .field("backend", &self.held.backend())
             .field("fencing_token", &self.fencing_token())
             .field("state", &self.held.tenure().state())
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 

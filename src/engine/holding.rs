@@ -110,7 +110,7 @@ impl<B: Backend> Holding<B> {
 
     /// Puts it into the keeper's hands and a guard around it.
     pub(super) fn into_guard(self: Arc<Self>, engine: &Arc<Engine<B>>) -> LockGuard {
-        engine.keeper.add(self.clone());
+        engine.keeper.add(&self);
         self.tenure.join_session();
         tracing::debug!(
             lock.name = %self.display_name.quoted(),

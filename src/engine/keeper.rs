@@ -60,10 +60,10 @@ impl<B: Backend> Keeper<B> {
         self.worker.wake();
     }
 
-    pub(super) fn add(&self, holding: Arc<Holding<B>>) {
+    pub(super) fn add(&self, holding: &Arc<Holding<B>>) {
         let mut schedule = lock(&self.schedule);
         let mut timing = lock(&holding.timing);
-        self.insert(&mut schedule, &holding, &mut timing);
+        self.insert(&mut schedule, holding, &mut timing);
     }
 
     pub(super) fn remove(&self, holding: &Holding<B>) {
@@ -84,7 +84,7 @@ impl<B: Backend> Keeper<B> {
     pub(super) fn keep(&self, holding: &Arc<Holding<B>>, until: Instant) {
         lock(&holding.timing).keep_until = Some(until);
         self.remove(holding);
-        self.add(holding.clone());
+        self.add(holding);
     }
 
     /// The job has taken too long: renewal stops, and the lock is freed when its TTL has run out.

@@ -39,7 +39,6 @@ impl<B: Backend> Provider<B> {
     }
 
     /// A provider with defaults of its own.
-    #[must_use]
     pub fn builder(backend: B) -> ProviderBuilder<B> {
         ProviderBuilder { backend, defaults: LockOptions::new(), prefix: None }
     }

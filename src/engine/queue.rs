@@ -424,19 +424,19 @@ impl<B: Backend> Queues<B> {
 
     /// For whom the driver claims next, if anybody waits.
     pub(crate) fn head(&self, name: &LockName) -> Head {
-        self.with(name, |slot| match (slot.waiters.front(), &slot.stop) {
-            (Some(first), Some(stop)) => Head::Claim {
+        self.with(name, |slot| {
+            let (Some(first), Some(stop)) = (slot.waiters.front(), &slot.stop) else {
+                slot.activity = Activity::Idle;
+                slot.stop = None;
+                slot.notify();
+                return Head::Nobody;
+            };
+            Head::Claim {
                 ttl: first.terms.ttl,
                 mode: first.mode,
                 failures: slot.trouble.as_ref().map_or(0, |trouble| trouble.failures),
                 yields: std::mem::take(&mut slot.yields),
                 stop: stop.clone(),
-            },
-            _ => {
-                slot.activity = Activity::Idle;
-                slot.stop = None;
-                slot.notify();
-                Head::Nobody
             }
         })
         .unwrap_or(Head::Nobody)
@@ -445,12 +445,12 @@ impl<B: Backend> Queues<B> {
     /// Whether the driver's claim has become pointless: nobody waits, or the first waiter needs another one. If nobody
     /// waits, the slot is `Freeing` from this answer on.
     pub(crate) fn give_up(&self, claim: &Claim) -> bool {
-        self.with(&claim.name, |slot| match slot.waiters.front() {
-            Some(first) if first.fits(claim) => false,
-            _ => {
+        self.with(&claim.name, |slot| {
+            let pointless = !slot.waiters.front().is_some_and(|first| first.fits(claim));
+            if pointless {
                 slot.activity = Activity::Freeing;
-                true
             }
+            pointless
         })
         .unwrap_or(true)
     }
@@ -481,7 +481,7 @@ impl<B: Backend> Queues<B> {
             slot.waiters = patient;
             failed
         });
-        for waiter in failed.unwrap_or_else(VecDeque::new) {
+        for waiter in failed.unwrap_or_default() {
             let _ = waiter.deliver.send(Delivery::Failed(error.duplicate())); // it may have left
         }
     }

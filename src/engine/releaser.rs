@@ -105,17 +105,12 @@ impl<B: Backend> Releaser<B> {
     fn take(&self) -> Option<Job<B>> {
         let mut queue = lock(&self.queue);
         let job = queue.jobs.pop_front();
-        match job {
-            Some(_) => {
-                queue.running += 1;
-                job
-            }
-            None => {
-                // The caller has the engine: this isn't the last of it.
-                queue.anchor = None;
-                None
-            }
+        if job.is_some() {
+            queue.running += 1;
+        } else {
+            queue.anchor = None; // not the last of it: the caller has the engine
         }
+        job
     }
 
     pub(super) fn is_idle(&self) -> bool {
@@ -193,26 +188,8 @@ impl<B: Backend> Engine<B> {
             return Ok(Released::Yes);
         }
         self.keeper.remove(&holding);
-        if keep_for.is_zero() && holding.tenure.state() == State::Released {
-            if let Some((ttl, mode)) = self.queues.transfer_candidate(&holding.name) {
-                if let Ok(claim) = Claim::new(holding.name.clone(), mode, ttl) {
-                    let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
-                    let claimed_at = Instant::now();
-                    match self.backend.transfer(&holding.hold, &claim).await {
-                        Ok(Some(grant)) => {
-                            under_way.done();
-                            self.deliver(&claim, claimed_at, grant);
-                            return Ok(Released::Yes);
-                        }
-                        Ok(None) => under_way.done(),
-                        Err(error) => {
-                            tracing::debug!(%error, "transfer failed: releasing instead");
-                            drop(under_way);
-                            return Ok(Released::Yes);
-                        }
-                    }
-                }
-            }
+        if keep_for.is_zero() && holding.tenure.state() == State::Released && self.hand_over(&holding).await {
+            return Ok(Released::Yes);
         }
         let under_way = UnderWay::new(self, Job::Release(holding.clone()));
         let released = self.release_on_server(&holding, keep_for, limit).await;
@@ -222,6 +199,30 @@ impl<B: Backend> Engine<B> {
         under_way.done();
         self.serve(self.queues.end_freeing(&holding.name), &holding.name);
         released
+    }
+
+    /// Hands a holding over to the next local waiter in one step. False: it still stands, and has to be released.
+    async fn hand_over(self: &Arc<Self>, holding: &Arc<Holding<B>>) -> bool {
+        let Some((ttl, mode)) = self.queues.transfer_candidate(&holding.name) else { return false };
+        let Ok(claim) = Claim::new(holding.name.clone(), mode, ttl) else { return false };
+        let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
+        let claimed_at = Instant::now();
+        match self.backend.transfer(&holding.hold, &claim).await {
+            Ok(Some(grant)) => {
+                under_way.done();
+                self.deliver(&claim, claimed_at, grant);
+                true
+            }
+            Ok(None) => {
+                under_way.done();
+                false
+            }
+            Err(error) => {
+                tracing::debug!(%error, "a transfer failed: both sides of it are being released");
+                drop(under_way);
+                true
+            }
+        }
     }
 
     /// Asks the server until it has answered, the limit is reached, or the TTL has freed the lock anyway.
