@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::{Notify, oneshot};
 use tracing::{Instrument, Span, field};
 
@@ -68,8 +69,8 @@ impl<B: Backend> Engine<B> {
     }
 
     async fn acquire_inner(self: &Arc<Self>, request: Request<'_>) -> Result<Option<LockGuard>> {
-        self.ensure_workers()?;
-        let call = Call { number: self.next_number(), began: Instant::now(), request };
+        let runtime = self.ensure_workers()?;
+        let call = Call { number: self.next_number(), began: Instant::now(), runtime, request };
         let mut backoff = Backoff::new(FIRST_DELAY, SLOWEST_RETRY);
         let mut trouble: Option<Error> = None;
         loop {
@@ -166,7 +167,8 @@ impl<B: Backend> Engine<B> {
             Ok(Ok(Outcome::Granted(grant))) if !grant.has_expired() && !self.is_closed() => {
                 let claim = attempt.disarm();
                 let display_name = call.request.display_name.clone();
-                let holding = Holding::new(self, &claim, claimed_at, grant, display_name, terms.clone());
+                let (terms, runtime) = (terms.clone(), call.runtime.clone());
+                let holding = Holding::new(self, &claim, claimed_at, grant, display_name, terms, runtime);
                 let next = self.queues.end_claim(name, ClaimEnd::Granted(holding.clone()), None, None);
                 self.serve(next, name);
                 return Ok(Claimed::Granted(holding.into_guard(self)));
@@ -410,6 +412,7 @@ enum Claimed {
 struct Call<'a> {
     number: u64,
     began: Instant,
+    runtime: Handle,
     request: Request<'a>,
 }
 
@@ -425,6 +428,7 @@ impl Call<'_> {
             display_name: self.request.display_name.clone(),
             terms: self.request.terms.clone(),
             mode: Mode::Exclusive,
+            runtime: self.runtime.clone(),
             deliver,
         }
     }

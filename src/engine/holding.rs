@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use tokio::runtime::Handle;
 
 use super::queue::Waiter;
 use super::releaser::Job;
@@ -32,6 +33,8 @@ pub(crate) struct Holding<B: Backend> {
     pub(super) terms: Terms,
     pub(super) tenure: Arc<Tenure>,
     granted_at: Instant,
+    /// Where whoever has the guard lived when it was granted.
+    pub(super) runtime: Handle,
     /// When the keeper has to do what.
     pub(super) timing: Mutex<Timing>,
 }
@@ -60,6 +63,7 @@ impl<B: Backend> Holding<B> {
         grant: Grant<B::Hold>,
         display_name: LockName,
         terms: Terms,
+        runtime: Handle,
     ) -> Arc<Self> {
         let now = Instant::now();
         let third = terms.ttl / 3;
@@ -93,6 +97,7 @@ impl<B: Backend> Holding<B> {
             hold: grant.hold,
             tenure: Tenure::new(deadline, session, weak.clone()),
             terms,
+            runtime,
             granted_at: now,
             timing: Mutex::new(timing),
         })
@@ -105,7 +110,8 @@ impl<B: Backend> Holding<B> {
         grant: Grant<B::Hold>,
         waiter: &Waiter,
     ) -> Arc<Self> {
-        Self::new(engine, claim, claimed_at, grant, waiter.display_name.clone(), waiter.terms.clone())
+        let (name, terms, runtime) = (&waiter.display_name, &waiter.terms, &waiter.runtime);
+        Self::new(engine, claim, claimed_at, grant, name.clone(), terms.clone(), runtime.clone())
     }
 
     /// Puts it into the keeper's hands and a guard around it.

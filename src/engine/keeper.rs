@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
+use tokio::runtime::{self, Handle};
 
 use super::backoff::Backoff;
 use super::holding::{Holding, Timing};
@@ -26,6 +26,8 @@ const SHORTEST_TIMEOUT: Duration = Duration::from_millis(10);
 pub(crate) struct Keeper<B: Backend> {
     schedule: Mutex<Schedule<B>>,
     worker: Arc<Worker>,
+    /// Runtimes that were found dead since the task last ran.
+    dead: Mutex<Vec<runtime::Id>>,
 }
 
 struct Schedule<B: Backend> {
@@ -37,12 +39,15 @@ struct Schedule<B: Backend> {
 impl<B: Backend> Keeper<B> {
     pub(crate) fn new() -> Self {
         let schedule = Schedule { holdings: BTreeMap::new(), looks_at: Instant::NEVER };
-        Self { schedule: Mutex::new(schedule), worker: Arc::default() }
+        Self { schedule: Mutex::new(schedule), worker: Arc::default(), dead: Mutex::default() }
     }
 
     pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
         let (weak, worker) = (Arc::downgrade(engine), self.worker.clone());
         let task = move || async move {
+            if let Some(engine) = weak.upgrade() {
+                lock(&engine.keeper.dead).clear();
+            }
             while let Some(engine) = weak.upgrade() {
                 let next = engine.keeper.look(&engine);
                 drop(engine);
@@ -53,7 +58,28 @@ impl<B: Backend> Keeper<B> {
                 }
             }
         };
-        self.worker.ensure_running(runtime, task, || {});
+        let (ending, id) = (Arc::downgrade(engine), runtime.id());
+        let on_end = move || {
+            if let Some(engine) = ending.upgrade() {
+                engine.keeper.move_on(&engine, id);
+            }
+        };
+        self.worker.ensure_running(runtime, task, on_end);
+    }
+
+    /// The keeper's runtime is gone: it goes on where somebody still holds something. Elsewhere the next use of the
+    /// provider starts it.
+    fn move_on(&self, engine: &Arc<Engine<B>>, from: runtime::Id) {
+        lock(&self.dead).push(from);
+        for holding in self.live() {
+            if self.worker.is_running() {
+                return;
+            }
+            // A runtime that is gone, too, drops the task at once, which brings us here again.
+            if !lock(&self.dead).contains(&holding.runtime.id()) {
+                self.ensure_running(engine, &holding.runtime);
+            }
+        }
     }
 
     pub(super) fn stop(&self) {

@@ -67,14 +67,15 @@ impl<B: Backend> Engine<B> {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// Sees that keeper and releaser run, on the caller's runtime if they don't run on another one.
-    fn ensure_workers(self: &Arc<Self>) -> Result<()> {
+    /// Sees that keeper and releaser run, on the caller's runtime if they don't run on another one. Returns the
+    /// caller's.
+    fn ensure_workers(self: &Arc<Self>) -> Result<Handle> {
         let runtime = Handle::try_current().map_err(|_| {
             Error::new(ErrorKind::Config, "locks need a tokio runtime: call this from inside one")
         })?;
         self.keeper.ensure_running(self, &runtime);
         self.releaser.ensure_running(self, &runtime);
-        Ok(())
+        Ok(runtime)
     }
 
     async fn close(self: &Arc<Self>) -> Result<()> {

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, oneshot};
 
@@ -84,6 +85,8 @@ pub(crate) struct Waiter {
     pub(crate) display_name: LockName,
     pub(crate) terms: Terms,
     pub(crate) mode: Mode,
+    /// Where the waiter lives.
+    pub(crate) runtime: Handle,
     pub(crate) deliver: oneshot::Sender<Delivery>,
 }
 

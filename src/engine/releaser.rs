@@ -24,6 +24,8 @@ use crate::tenure::State;
 
 /// How many releases are under way at once.
 const CONCURRENT: usize = 256;
+/// A request that isn't answered is given up for another after this part of the TTL.
+const PATIENCE: u32 = 4;
 const FIRST_RETRY: Duration = Duration::from_millis(10);
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 
@@ -236,8 +238,8 @@ impl<B: Backend> Engine<B> {
         let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
         let mut ambiguous = false;
         loop {
-            let answer =
-                tokio::time::timeout(limit.remaining(), self.backend.release(&holding.hold, keep_for)).await;
+            let patience = limit.remaining().min(holding.terms.ttl / PATIENCE);
+            let answer = tokio::time::timeout(patience, self.backend.release(&holding.hold, keep_for)).await;
             let error = match answer {
                 Ok(Ok(Released::NotHeld)) if ambiguous => return Ok(Released::Yes),
                 Ok(Ok(released)) => return Ok(released),
@@ -269,7 +271,8 @@ impl<B: Backend> Engine<B> {
         let mut backoff = Backoff::new(FIRST_RETRY, SLOWEST_RETRY);
         let limit = Instant::now() + claim.ttl;
         loop {
-            let error = match tokio::time::timeout(limit.remaining(), self.backend.abandon(&claim)).await {
+            let patience = limit.remaining().min(claim.ttl / PATIENCE);
+            let error = match tokio::time::timeout(patience, self.backend.abandon(&claim)).await {
                 Ok(Ok(())) => break,
                 Ok(Err(error)) => error,
                 Err(_) => Error::new(ErrorKind::Unknown, "it has not been answered"),
