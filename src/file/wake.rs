@@ -75,7 +75,9 @@ mod linux {
 
         pub(super) fn watch(&self, path: &Path) -> Option<Watch> {
             let mut watched = self.lock();
-            let events = WatchFlags::CLOSE_WRITE | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
+            // Other programs may have opened it for reading only: `flock` from util-linux does.
+            let closed = WatchFlags::CLOSE_WRITE | WatchFlags::CLOSE_NOWRITE;
+            let events = closed | WatchFlags::DELETE_SELF | WatchFlags::MOVE_SELF;
             let descriptor = inotify::add_watch(&self.inotify, path, events)
                 .inspect_err(|error| tracing::debug!(%error, "a lock file can't be watched: polling"))
                 .ok()?;
