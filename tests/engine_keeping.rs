@@ -167,7 +167,11 @@ async fn hold_at_least_outlives_the_release_and_the_ttl() {
         let lock = server.provider().create_lock_with("x", options().hold_at_least(secs(20)));
         let (began, guard) = (Instant::now(), lock.acquire().await.unwrap());
         let lost = guard.lost();
-        if dropped { drop(guard) } else { guard.release().await.unwrap() }
+        if dropped {
+            drop(guard)
+        } else {
+            guard.release().await.unwrap()
+        }
         assert!(lock.try_acquire().await.unwrap().is_none());
         let elsewhere = server.provider();
         tokio::time::sleep(secs(19)).await;

@@ -201,6 +201,37 @@ async fn a_claim_under_way_while_the_provider_closes_grants_nothing() {
     assert!(is_free_within(&server, 10).await);
 }
 
+/// The caller comes into the queue only after the waiters have been sent away.
+#[tokio::test(start_paused = true)]
+async fn a_claim_that_is_answered_busy_while_the_provider_closes_does_not_hold_it_up() {
+    let server = Faulty::default();
+    let held = server.provider().create_lock("x").acquire().await.unwrap();
+    let provider = server.provider();
+    let lock = provider.create_lock("x");
+    server.once(Op::Claim, Fault::AnswerLate(ms(100)));
+    let began = Instant::now();
+    let (acquired, closed) = tokio::join!(lock.acquire(), async {
+        tokio::time::sleep(ms(50)).await;
+        provider.close().await
+    });
+    closed.unwrap();
+    assert_eq!(acquired.unwrap_err().kind(), ErrorKind::Closed);
+    assert!(began.elapsed() <= ms(110), "{:?}", began.elapsed());
+    drop(held);
+}
+
+#[tokio::test(start_paused = true)]
+async fn hold_at_least_counts_after_close_too() {
+    let server = Faulty::default();
+    let provider = server.provider();
+    let guard = provider.create_lock_with("x", options().hold_at_least(secs(60))).acquire().await.unwrap();
+    provider.close().await.unwrap();
+    guard.release().await.unwrap();
+    tokio::time::sleep(secs(59)).await;
+    assert!(!is_free_within(&server, 10).await);
+    assert!(is_free_within(&server, 1100).await);
+}
+
 /// What was dropped last is released although nothing of the provider is left.
 #[tokio::test(start_paused = true)]
 async fn a_provider_that_is_gone_still_releases_what_was_dropped() {

@@ -7,9 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use common::{ms, secs};
-use fencelock::backend::{
-    Backend, Claim, Due, Grant, Instant, Outcome, OwnerId, Released, Renewal, Session,
-};
+use fencelock::backend::{Backend, Claim, Due, Grant, Instant, Outcome, OwnerId, Released, Renewal, Session};
 use fencelock::{Capabilities, Error, ErrorKind, Expiry, FencingToken, LockName, LockOptions};
 use fencelock::{LockProvider, Loss, Provider, Result};
 
@@ -173,7 +171,11 @@ async fn max_hold_and_hold_at_least_work_without_the_servers_help() {
     let guard = limited.acquire().await.unwrap();
     assert_eq!(guard.lost().await, Loss::MaxHold);
     drop(limited.acquire().await.unwrap());
-    assert!((secs(8)..secs(10)).contains(&began.elapsed()), "after max_hold and a ttl: {:?}", began.elapsed());
+    assert!(
+        (secs(8)..secs(10)).contains(&began.elapsed()),
+        "after max_hold and a ttl: {:?}",
+        began.elapsed()
+    );
 
     let began = tokio::time::Instant::now();
     let kept = provider.create_lock_with("kept", options().hold_at_least(secs(7)));

@@ -68,7 +68,10 @@ async fn a_release_here_is_handed_over_in_one_request_but_not_for_ever() {
     }
     let (transfers, claims) = (server.count(Op::Transfer), server.count(Op::Claim));
     assert_eq!(transfers + claims, 171, "one request for each grant");
-    assert!((10..=15).contains(&claims), "{claims} claims: every 17th grant or so is open to other processes");
+    assert!(
+        (10..=15).contains(&claims),
+        "{claims} claims: every 17th grant or so is open to other processes"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -180,7 +183,8 @@ async fn a_polled_backend_is_asked_with_backoff() {
 
 #[tokio::test(start_paused = true)]
 async fn a_failed_transfer_is_cleared_up_and_the_waiter_served() {
-    for fault in [Fault::LoseAnswer, Fault::Refuse(ErrorKind::Unavailable), Fault::Refuse(ErrorKind::Unknown)] {
+    for fault in [Fault::LoseAnswer, Fault::Refuse(ErrorKind::Unavailable), Fault::Refuse(ErrorKind::Unknown)]
+    {
         let server = Faulty::default();
         let provider = Arc::new(server.provider());
         let held = provider.create_lock("x").acquire().await.unwrap();

@@ -100,11 +100,6 @@ impl<B: Backend> Engine<B> {
                     }
                 },
                 Begin::Queued(delivery) => {
-                    if self.is_closed() {
-                        // It was closed after the look above, and may have sent the waiters away before we came.
-                        self.queues.leave(call.name(), call.number);
-                        continue;
-                    }
                     if let Some(result) = self.wait(&call, delivery).await {
                         return result;
                     }
@@ -231,6 +226,9 @@ impl<B: Backend> Engine<B> {
     ) -> Option<Result<Option<LockGuard>>> {
         let mut trouble = None;
         let leave = OnDrop(Some(|| trouble = self.queues.leave(call.name(), call.number)));
+        if self.is_closed() {
+            return None; // it may have sent the waiters away before this one came
+        }
         let deadline = match call.request.patience {
             Patience::Until(deadline) => deadline,
             Patience::Try => Instant::now(),

@@ -184,7 +184,7 @@ impl<B: Backend> Engine<B> {
     /// `hold_at_least` is over. With a `limit`, leaves it to the background from then on.
     async fn release(self: &Arc<Self>, holding: Arc<Holding<B>>, limit: Option<Instant>) -> Result<Released> {
         let keep_for = holding.keep_for();
-        if !keep_for.is_zero() && !self.capabilities.keeps_after_exit && !self.is_closed() {
+        if !keep_for.is_zero() && !self.capabilities.keeps_after_exit {
             self.keeper.keep(&holding, Instant::now() + keep_for);
             self.queues.keep(&holding);
             return Ok(Released::Yes);

@@ -1,11 +1,10 @@
 //! `guard.run(job)`: the job runs as long as the lock is held, and not a step longer.
 
 use std::future::pending;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::{self, error::TryRecvError};
 use tokio::task::yield_now;
 use tokio::time::Instant;
 
@@ -69,31 +68,41 @@ pub async fn a_release_stops_the_job(subject: Subject) {
     within("the drop of the job", dropped).await.expect_err("it never ends");
 }
 
-/// A job that was frozen for longer than the TTL takes no further step, although its timers and wake-ups have all come.
+/// A job that was frozen for longer than the TTL takes no further step, although it is polled.
 pub async fn a_frozen_job_takes_no_further_step(subject: Subject) {
     let ttl = subject.short_ttl();
-    let unrenewed = LockOptions::new().ttl(ttl).auto_renew(false);
-    let guard = ok("the grant", subject.provider_with(unrenewed).await.create_lock("job").acquire()).await;
-    let stepped = Arc::new(AtomicBool::new(false));
-    let steps = stepped.clone();
-    let job = guard.run(async move {
-        std::thread::sleep(ttl + Duration::from_millis(1)); // not a wait: this thread is frozen
-        yield_now().await;
-        steps.store(true, Ordering::Relaxed);
-    });
-    let error = within("the end of the job", job).await.expect_err("the lock was lost");
-    assert_eq!(error.loss(), Some(Loss::Expired));
-    assert!(!stepped.load(Ordering::Relaxed), "the job went on after the lock was lost");
+    let provider = subject.provider_with(LockOptions::new().ttl(ttl).auto_renew(false)).await;
+    let lock = provider.create_lock("job");
+    let freeze = || std::thread::sleep(ttl + Duration::from_millis(1)); // not a wait: this thread is frozen
+    for frozen_inside in [true, false] {
+        let guard = ok("the grant", lock.acquire()).await;
+        let stepped = AtomicBool::new(false);
+        let mut running = Box::pin(guard.run(async {
+            if frozen_inside {
+                freeze();
+            }
+            yield_now().await;
+            stepped.store(true, Ordering::Relaxed);
+        }));
+        assert!(poll_up_to(1, &mut running).await.is_none(), "the job had not come to its end");
+        if !frozen_inside {
+            freeze();
+        }
+        let outcome = poll_up_to(1, &mut running).await.expect("the lock was lost before this poll");
+        assert_eq!(outcome.expect_err("the lock was lost").loss(), Some(Loss::Expired));
+        assert!(!stepped.load(Ordering::Relaxed), "the job went on after the lock was lost");
+    }
 }
 
 /// Runs a job that never ends, and `lose` beside it: the job must be dropped for the reason that `lose` tells.
 async fn stops(guard: LockGuard, lose: impl Future<Output = Loss>) {
-    let (job, dropped) = endless();
-    let running = tokio::spawn(guard.run(job));
-    let expected = lose.await;
-    let error = joined("the end of the job", running).await.expect_err("the lock is lost");
+    let (job, mut dropped) = endless();
+    let mut running = Box::pin(guard.run(job));
+    assert!(poll_up_to(1, &mut running).await.is_none(), "it never ends");
+    let (error, expected) = tokio::join!(within("the end of the job", &mut running), lose);
+    let error = error.expect_err("the lock is lost");
     assert_eq!((error.kind(), error.loss()), (ErrorKind::Lost, Some(expected)));
-    within("the drop of the job", dropped).await.expect_err("it never ends");
+    assert_eq!(dropped.try_recv(), Err(TryRecvError::Closed), "the job was not dropped, only forgotten");
 }
 
 /// A job that never ends, and what resolves when it is dropped.

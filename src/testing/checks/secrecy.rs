@@ -38,9 +38,9 @@ pub async fn nothing_secret_is_shown(subject: Subject) {
 async fn lives(subject: &Subject, shown: &Shown) {
     let (provider, other) = (subject.provider().await, subject.provider().await);
     let lock = provider.create_lock("job");
+    let guard = ok("the grant", lock.acquire()).await;
     shown.debug(&provider);
     shown.debug(&lock);
-    let guard = ok("the grant", lock.acquire()).await;
     shown.debug(&guard);
     let busy = ok("a try", other.create_lock("job").try_acquire_for(Duration::from_millis(100))).await;
     assert!(busy.is_none(), "two have it");
