@@ -2,8 +2,7 @@
 //!
 //! A backend claims, renews and releases. Queueing, renewal in time, loss, cancellation, release on drop, back-off and
 //! tracing are the engine's: [`Provider`](crate::Provider) makes a [`LockProvider`](crate::LockProvider) of any
-//! [`Backend`]. `examples/custom_backend.rs` is a whole one; [`fencelock::testing`](crate::testing) (feature
-//! `testing`) is the suite that it must pass.
+//! [`Backend`]. `examples/custom_backend.rs` is a whole one; `fencelock::testing` (feature `testing`) is the suite that it must pass.
 
 use std::fmt;
 use std::fmt::{Debug, Write as _};

@@ -100,7 +100,7 @@ impl Error {
     /// The error of an operation on a grant that had been lost already.
     #[must_use]
     pub fn lost(loss: Loss) -> Self {
-        let mut error = Self::new(ErrorKind::Lost, loss.as_str());
+        let mut error = Self::new(ErrorKind::Lost, loss.to_string());
         error.0.loss = Some(loss);
         error
     }

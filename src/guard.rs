@@ -35,18 +35,6 @@ pub enum Loss {
     Closed,
 }
 
-impl Loss {
-    pub(crate) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Expired => "the lock had been lost: its ttl ran out",
-            Self::Taken => "the lock had been lost: it was taken away on the server",
-            Self::SessionEnded => "the lock had been lost: the session that held it has ended",
-            Self::MaxHold => "the lock had been lost: it was held longer than max_hold",
-            Self::Closed => "the lock had been lost: its provider was closed",
-        }
-    }
-}
-
 /// What a guard needs of the engine, without knowing the backend.
 #[async_trait]
 pub(crate) trait Held: Send + Sync {
@@ -155,7 +143,7 @@ impl LockGuard {
     /// # Errors
     ///
     /// [`Lost`](ErrorKind::Lost) if it had been lost already ([`Error::loss`] says why): the job may have run beside
-    /// another. [`Unavailable`](ErrorKind::Unavailable) or [`Unknown`](ErrorKind::Unknown) if the server could not be
+    /// another. [`Config`](ErrorKind::Config) outside a tokio runtime: it is then released as if it were dropped. [`Unavailable`](ErrorKind::Unavailable) or [`Unknown`](ErrorKind::Unknown) if the server could not be
     /// reached within [`retry_for`](crate::LockOptions::retry_for): the release is tried further in the background, and
     /// at the latest the TTL frees the lock.
     ///

@@ -50,6 +50,9 @@ pub trait LockProvider: Debug + Send + Sync {
     /// abandoned, has been released on the server. `main` must await this, or what was dropped last may stay locked
     /// until its TTL runs out.
     ///
+    /// A lock that is kept for [`hold_at_least`](LockOptions::hold_at_least) is waited for, too, if it would be free as soon
+    /// as its connection ends. All this waiting ends when the longest TTL in use has passed.
+    ///
     /// Guards that the caller still has stay valid and can still be released, unless their connection has to end with
     /// the provider: then they are lost with [`Loss::Closed`](crate::Loss::Closed). Closing twice is fine.
     ///

@@ -188,6 +188,15 @@ fn without_a_runtime_it_is_an_error_and_no_panic() {
     let mut cx = Context::from_waker(Waker::noop());
     let std::task::Poll::Ready(Err(error)) = pin!(lock.acquire()).poll(&mut cx) else { panic!("no error") };
     assert_eq!(error.kind(), ErrorKind::Config);
+    let guard = common::runtime().block_on(async { lock.acquire().await.unwrap() });
+    let std::task::Poll::Ready(Err(error)) = pin!(guard.release()).poll(&mut cx) else { panic!("no error") };
+    assert_eq!(error.kind(), ErrorKind::Config);
+    common::runtime()
+        .block_on(async { assert!(lock.try_acquire().await.unwrap().is_some(), "released all the same") });
+    let std::task::Poll::Ready(Err(error)) = pin!(fencelock::connect("file:never")).poll(&mut cx) else {
+        panic!("no error")
+    };
+    assert_eq!(error.kind(), ErrorKind::Config);
     let std::task::Poll::Ready(Err(error)) = pin!(provider.close()).poll(&mut cx) else { panic!("no error") };
     assert_eq!(error.kind(), ErrorKind::Config);
 }

@@ -168,9 +168,9 @@ async fn hold_at_least_outlives_the_release_and_the_ttl() {
         let (began, guard) = (Instant::now(), lock.acquire().await.unwrap());
         let lost = guard.lost();
         if dropped {
-            drop(guard)
+            drop(guard);
         } else {
-            guard.release().await.unwrap()
+            guard.release().await.unwrap();
         }
         assert!(lock.try_acquire().await.unwrap().is_none());
         let elsewhere = server.provider();
@@ -193,8 +193,8 @@ async fn run_ends_with_the_lock() {
     let (began, dropped) = (Instant::now(), std::sync::Arc::new(()));
     let alive = std::sync::Arc::downgrade(&dropped);
     let job = guard.run(async move {
-        let _dropped = dropped;
         std::future::pending::<()>().await;
+        drop(dropped);
     });
     let mut job = std::pin::pin!(job);
     let error = job.as_mut().await.unwrap_err();

@@ -5,13 +5,8 @@ mod common;
 use std::sync::{Arc, mpsc};
 
 use common::faulty::{Fault, Faulty, Op};
-use common::{ms, secs};
+use common::{ms, runtime, secs};
 use fencelock::{LockOptions, LockProvider, Provider};
-use tokio::runtime::{Builder, Runtime};
-
-fn runtime() -> Runtime {
-    Builder::new_current_thread().enable_time().build().expect("a runtime")
-}
 
 fn provider(server: &Faulty) -> Arc<Provider<Faulty>> {
     Arc::new(server.provider())

@@ -3,7 +3,7 @@
 mod common;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use common::{ms, secs};
@@ -18,26 +18,26 @@ struct OneSession(Arc<Connection>);
 #[derive(Debug)]
 struct Connection {
     session: Session,
-    held: Mutex<HashMap<LockName, OwnerId>>,
-    last_token: Mutex<u64>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    held: HashMap<LockName, OwnerId>,
+    last_token: u64,
     /// How many grants each heartbeat was sent through.
-    beats: Mutex<Vec<usize>>,
-    answers: Mutex<bool>,
+    beats: Vec<usize>,
+    /// Heartbeats fail.
+    is_deaf: bool,
 }
 
 impl OneSession {
     fn new(session: Session) -> Self {
-        Self(Arc::new(Connection {
-            session,
-            held: Mutex::default(),
-            last_token: Mutex::new(0),
-            beats: Mutex::default(),
-            answers: Mutex::new(true),
-        }))
+        Self(Arc::new(Connection { session, state: Mutex::default() }))
     }
 
-    fn beats(&self) -> Vec<usize> {
-        self.0.beats.lock().unwrap().clone()
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().expect("no code panics under this lock")
     }
 }
 
@@ -53,40 +53,42 @@ impl Backend for OneSession {
     }
 
     async fn try_claim(&self, claim: &Claim, _wait: Duration) -> Result<Outcome<LockName>> {
-        let mut held = self.0.held.lock().unwrap();
-        if held.contains_key(&claim.name) {
+        let mut state = self.state();
+        if state.held.contains_key(&claim.name) {
             return Ok(Outcome::Busy { retry_after: None });
         }
-        held.insert(claim.name.clone(), claim.owner);
-        let mut last = self.0.last_token.lock().unwrap();
-        let token = FencingToken::after(*last, SystemTime::now())?;
-        *last = token.get();
+        let token = FencingToken::after(state.last_token, SystemTime::now())?;
+        state.last_token = token.get();
+        state.held.insert(claim.name.clone(), claim.owner);
         Ok(Outcome::Granted(Grant::on_session(claim.name.clone(), token, &self.0.session)))
     }
 
     async fn abandon(&self, claim: &Claim) -> Result<()> {
-        let mut held = self.0.held.lock().unwrap();
-        if held.get(&claim.name) == Some(&claim.owner) {
-            held.remove(&claim.name);
+        let mut state = self.state();
+        if state.held.get(&claim.name) == Some(&claim.owner) {
+            state.held.remove(&claim.name);
         }
         Ok(())
     }
 
     async fn renew(&self, due: &[Due<'_, LockName>]) -> Vec<Renewal> {
         let sent = Instant::now();
-        self.0.beats.lock().unwrap().push(due.len());
-        let answers = *self.0.answers.lock().unwrap();
-        let answer = |due: &Due<'_, LockName>| match answers {
-            true => Renewal::Until(sent + due.ttl),
-            false => Renewal::Failed(Error::new(ErrorKind::Unavailable, "no answer")),
+        let mut state = self.state();
+        state.beats.push(due.len());
+        let answer = |due: &Due<'_, LockName>| {
+            if state.is_deaf {
+                Renewal::Failed(Error::new(ErrorKind::Unavailable, "no answer"))
+            } else {
+                Renewal::Until(sent + due.ttl)
+            }
         };
         due.iter().map(answer).collect()
     }
 
     async fn release(&self, hold: &LockName, keep_for: Duration) -> Result<Released> {
         assert_eq!(keep_for, Duration::ZERO, "this backend can't keep anything");
-        let held = self.0.held.lock().unwrap().remove(hold);
-        Ok(held.map_or(Released::NotHeld, |_| Released::Yes))
+        let removed = self.state().held.remove(hold);
+        Ok(removed.map_or(Released::NotHeld, |_| Released::Yes))
     }
 }
 
@@ -103,7 +105,7 @@ async fn one_grant_beats_for_all_of_its_session() {
         guards.push(provider.create_lock_with(&number.to_string(), options()).acquire().await.unwrap());
     }
     tokio::time::sleep(secs(30)).await;
-    let beats = backend.beats();
+    let beats = backend.state().beats.clone();
     assert!(beats.iter().all(|&grants| grants == 1), "{beats:?}");
     assert!((25..=35).contains(&beats.len()), "{} heartbeats in 30 s, one is due each second", beats.len());
 }
@@ -122,7 +124,7 @@ async fn the_end_of_the_session_reaches_every_guard_at_once() {
     assert_eq!(a.release().await.unwrap_err().loss(), Some(Loss::SessionEnded));
 
     // Too late for this one: its session has ended already.
-    backend.0.held.lock().unwrap().clear();
+    backend.state().held.clear();
     let late = provider.create_lock_with("late", options().retry_for(Duration::ZERO)).try_acquire().await;
     assert_eq!(late.unwrap_err().kind(), ErrorKind::Unknown);
 }
@@ -131,7 +133,7 @@ async fn the_end_of_the_session_reaches_every_guard_at_once() {
 async fn a_session_without_a_deadline_outlives_failing_heartbeats() {
     let backend = OneSession::new(Session::new());
     let guard = Provider::new(backend.clone()).create_lock_with("x", options()).acquire().await.unwrap();
-    *backend.0.answers.lock().unwrap() = false;
+    backend.state().is_deaf = true;
     tokio::time::sleep(secs(60)).await;
     assert!(!guard.is_lost());
     guard.release().await.unwrap();
@@ -145,7 +147,7 @@ async fn a_session_with_a_deadline_is_lost_when_nothing_is_heard() {
     let (a, b) = (a.acquire().await.unwrap(), b.acquire().await.unwrap());
     tokio::time::sleep(secs(30)).await;
     assert!(!a.is_lost() && !b.is_lost());
-    *backend.0.answers.lock().unwrap() = false;
+    backend.state().is_deaf = true;
     let began = tokio::time::Instant::now();
     assert_eq!((a.lost().await, b.lost().await), (Loss::Expired, Loss::Expired));
     assert!((secs(2)..=secs(3)).contains(&began.elapsed()), "{:?}", began.elapsed());
@@ -182,4 +184,19 @@ async fn max_hold_and_hold_at_least_work_without_the_servers_help() {
     kept.acquire().await.unwrap().release().await.unwrap();
     drop(kept.acquire().await.unwrap());
     assert!((secs(7)..secs(7) + ms(600)).contains(&began.elapsed()), "{:?}", began.elapsed());
+}
+
+/// The lock would be free as soon as the process is gone: close waits for it, but not for longer than the TTL.
+#[tokio::test(start_paused = true)]
+async fn close_waits_for_what_only_this_process_keeps() {
+    for (keep, ttl, waits) in [(secs(5), secs(30), secs(5)), (secs(100), secs(30), secs(30))] {
+        let backend = OneSession::new(Session::new());
+        let provider = Provider::new(backend.clone());
+        let options = LockOptions::new().ttl(ttl).hold_at_least(keep);
+        provider.create_lock_with("x", options).acquire().await.unwrap().release().await.unwrap();
+        let began = tokio::time::Instant::now();
+        provider.close().await.unwrap();
+        assert!((waits..waits + ms(50)).contains(&began.elapsed()), "{:?}", began.elapsed());
+        assert_eq!(backend.state().held.is_empty(), keep < ttl);
+    }
 }

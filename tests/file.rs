@@ -230,7 +230,7 @@ async fn waiting_costs_no_cpu() {
     tokio::time::sleep(ms(300)).await;
     let (before, began) = (cpu_time(), Instant::now());
     tokio::time::sleep(secs(2)).await;
-    let share = (cpu_time() - before).as_secs_f64() / began.elapsed().as_secs_f64();
+    let share = cpu_time().checked_sub(before).unwrap().as_secs_f64() / began.elapsed().as_secs_f64();
     drop(guards);
     for waiter in waiters {
         drop(waiter.await.unwrap().unwrap());

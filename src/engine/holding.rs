@@ -10,7 +10,7 @@ use tokio::runtime::Handle;
 
 use super::queue::Waiter;
 use super::releaser::Job;
-use super::{Engine, lock};
+use super::{Engine, current_runtime, lock};
 use crate::backend::{Backend, Claim, Grant, Validity};
 use crate::clock::Instant;
 use crate::error::{Error, Result};
@@ -227,6 +227,10 @@ impl<B: Backend> Held for Holding<B> {
         if let State::Lost(loss) = state {
             self.free_in_background(&engine);
             return Err(self.describe(Error::lost(loss), "release"));
+        }
+        if let Err(error) = current_runtime() {
+            self.free_in_background(&engine);
+            return Err(self.describe(error, "release"));
         }
         if !self.tenure.claim_cleanup() {
             return Ok(());

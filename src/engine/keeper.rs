@@ -106,6 +106,11 @@ impl<B: Backend> Keeper<B> {
         lock(&self.schedule).holdings.values().cloned().collect()
     }
 
+    /// Whether a lock is kept for `hold_at_least` after its release.
+    pub(super) fn keeps_any(&self) -> bool {
+        lock(&self.schedule).holdings.values().any(|holding| lock(&holding.timing).keep_until.is_some())
+    }
+
     /// Renews a released grant until `until`, and only then frees it.
     pub(super) fn keep(&self, holding: &Arc<Holding<B>>, until: Instant) {
         lock(&holding.timing).keep_until = Some(until);

@@ -27,7 +27,7 @@ use self::keeper::Keeper;
 use self::queue::Queues;
 use self::releaser::Releaser;
 use crate::backend::Backend;
-use crate::capabilities::Capabilities;
+use crate::capabilities::{Capabilities, Expiry};
 use crate::error::{Error, ErrorKind, Result};
 
 pub(crate) struct Engine<B: Backend> {
@@ -70,12 +70,15 @@ impl<B: Backend> Engine<B> {
     /// Sees that keeper and releaser run, on the caller's runtime if they don't run on another one. Returns the
     /// caller's.
     fn ensure_workers(self: &Arc<Self>) -> Result<Handle> {
-        let runtime = Handle::try_current().map_err(|_| {
-            Error::new(ErrorKind::Config, "locks need a tokio runtime: call this from inside one")
-        })?;
+        let runtime = current_runtime()?;
         self.keeper.ensure_running(self, &runtime);
         self.releaser.ensure_running(self, &runtime);
         Ok(runtime)
+    }
+
+    /// Whether a lock is kept for `hold_at_least` that would be free as soon as this process is gone.
+    fn keeps_for_the_server(&self) -> bool {
+        self.capabilities.expiry == Expiry::Session && self.keeper.keeps_any()
     }
 
     async fn close(self: &Arc<Self>) -> Result<()> {
@@ -86,7 +89,7 @@ impl<B: Backend> Engine<B> {
         let quiet = async {
             loop {
                 let settled = self.queues.settled();
-                if self.queues.is_settled() && self.releaser.is_idle() {
+                if self.queues.is_settled() && self.releaser.is_idle() && !self.keeps_for_the_server() {
                     return;
                 }
                 settled.await;
@@ -123,6 +126,13 @@ impl<B: Backend> fmt::Debug for Engine<B> {
             .field("closed", &self.is_closed())
             .finish_non_exhaustive()
     }
+}
+
+/// The runtime that the caller is in.
+pub(crate) fn current_runtime() -> Result<Handle> {
+    Handle::try_current().map_err(|_| {
+        Error::new(ErrorKind::Config, "locks need a tokio runtime with its timer: call this from inside one")
+    })
 }
 
 /// Locks a mutex of the engine. None is ever left half-changed by a panic: what runs under them is the engine's own.

@@ -24,6 +24,7 @@ use self::record::Record;
 use self::wake::Watch;
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, OwnerId, Released, Renewal, Session};
 use crate::capabilities::{Capabilities, Expiry};
+use crate::engine::current_runtime;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 use crate::guard::Loss;
@@ -240,7 +241,7 @@ fn failed(what: &str, error: io::Error) -> Error {
 
 /// Runs file operations where they block nobody. Once begun they run to their end, even if nobody waits for it.
 async fn blocking<T: Send + 'static>(operation: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(operation).await.unwrap_or_else(|error| {
+    current_runtime()?.spawn_blocking(operation).await.unwrap_or_else(|error| {
         Err(if error.is_panic() {
             Error::new(ErrorKind::Unknown, "a file operation panicked")
         } else {

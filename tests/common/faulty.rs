@@ -1,7 +1,7 @@
 //! A backend that fails on demand, over the one in memory: what the engine makes of lost answers, outages and hangs.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use fencelock::backend::{Backend, Claim, Due, Grant, Outcome, Released, Renewal};
@@ -81,25 +81,29 @@ impl Faulty {
         &self.memory
     }
 
+    fn script(&self) -> MutexGuard<'_, Script> {
+        self.script.lock().expect("no code panics under this lock")
+    }
+
     /// The next such call meets this fault, and the one after it the next fault.
     pub(crate) fn once(&self, op: Op, fault: Fault) -> &Self {
-        self.script.lock().unwrap().once.entry(op).or_default().push_back(fault);
+        self.script().once.entry(op).or_default().push_back(fault);
         self
     }
 
     pub(crate) fn always(&self, op: Op, fault: Fault) -> &Self {
-        self.script.lock().unwrap().always.insert(op, fault);
+        self.script().always.insert(op, fault);
         self
     }
 
     pub(crate) fn heal(&self) {
-        let mut script = self.script.lock().unwrap();
+        let mut script = self.script();
         script.always.clear();
         script.once.clear();
     }
 
     pub(crate) fn calls(&self, op: Op) -> Vec<Call> {
-        self.script.lock().unwrap().calls.iter().filter(|call| call.op == op).cloned().collect()
+        self.script().calls.iter().filter(|call| call.op == op).cloned().collect()
     }
 
     pub(crate) fn count(&self, op: Op) -> usize {
@@ -107,7 +111,7 @@ impl Faulty {
     }
 
     fn called(&self, call: Call) -> Option<Fault> {
-        let mut script = self.script.lock().unwrap();
+        let mut script = self.script();
         let op = call.op;
         script.calls.push(call);
         script.once.get_mut(&op).and_then(VecDeque::pop_front).or_else(|| script.always.get(&op).copied())

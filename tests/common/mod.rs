@@ -5,6 +5,13 @@ pub(crate) mod faulty;
 
 use std::time::Duration;
 
+use tokio::runtime::{Builder, Runtime};
+
+/// A runtime of one thread.
+pub(crate) fn runtime() -> Runtime {
+    Builder::new_current_thread().enable_time().build().expect("a runtime")
+}
+
 pub(crate) const fn ms(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
