@@ -110,3 +110,39 @@ fn a_lock_moves_between_threads_and_runtimes() {
         thread.join().expect("a thread");
     }
 }
+
+/// Each thread has a runtime of its own that is only polled while the thread is inside it, as in programs that are not
+/// async themselves. Nobody has to wait for a runtime that stands still.
+#[test]
+fn a_runtime_that_is_alive_but_not_polled_holds_up_nobody_who_is() {
+    let server = Faulty::default();
+    let provider = provider(&server);
+    let idle = runtime();
+    // Keeper and releaser live here.
+    let (dropped, released) = idle.block_on(async {
+        (
+            provider.create_lock("d").acquire().await.unwrap(),
+            provider.create_lock("r").acquire().await.unwrap(),
+        )
+    });
+    let waiter = std::thread::spawn({
+        let provider = provider.clone();
+        move || {
+            let lock = provider.create_lock("r");
+            runtime().block_on(async {
+                let guard = lock.try_acquire_for(secs(10)).await.unwrap().expect("served in the end");
+                guard.release().await
+            })
+        }
+    });
+    std::thread::sleep(ms(100)); // it waits
+    server.once(Op::Transfer, Fault::Refuse(fencelock::ErrorKind::Unavailable)); // a driver has to serve it
+    idle.block_on(async { released.release().await.unwrap() });
+    drop(dropped);
+    // Who comes next sees to what `idle` doesn't; who waits is served where it waits.
+    for name in ["d", "r"] {
+        let lock = provider.create_lock(name);
+        assert!(runtime().block_on(lock.try_acquire_for(secs(10))).unwrap().is_some(), "{name}");
+    }
+    waiter.join().expect("the waiter").expect("released");
+}

@@ -106,6 +106,7 @@ impl<B: Backend> Engine<B> {
                 }
                 Begin::Busy => return Ok(None),
                 Begin::Watch(watchers) => {
+                    self.releaser.help(self, &call.runtime);
                     if self.watch(&call, &watchers).await? {
                         return Ok(None);
                     }
@@ -229,6 +230,7 @@ impl<B: Backend> Engine<B> {
         if self.is_closed() {
             return None; // it may have sent the waiters away before this one came
         }
+        self.releaser.help(self, &call.runtime);
         let deadline = match call.request.patience {
             Patience::Until(deadline) => deadline,
             Patience::Try => Instant::now(),

@@ -139,3 +139,49 @@ pub(crate) fn current_runtime() -> Result<Handle> {
 fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::lock::LockProvider;
+    use crate::memory::Memory;
+
+    /// Whatever was done with however many names, nothing is kept of it; and nothing outlives the provider.
+    #[tokio::test(start_paused = true)]
+    async fn nothing_piles_up() {
+        let provider = Provider::new(Memory::new());
+        let other = Provider::new(provider.backend().clone());
+        for round in 0..300 {
+            let lock = provider.create_lock(&round.to_string());
+            let guard = lock.acquire().await.unwrap();
+            assert!(lock.try_acquire().await.unwrap().is_none());
+            let elsewhere = other.create_lock(lock.name());
+            assert!(elsewhere.try_acquire_for(Duration::from_millis(1)).await.unwrap().is_none());
+            match round % 3 {
+                0 => guard.release().await.unwrap(),
+                1 => drop(guard),
+                _ => {
+                    assert!(provider.backend().revoke(lock.name()));
+                    guard.lost().await;
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        for engine in [&provider.engine, &other.engine] {
+            assert_eq!(engine.queues.len(), 0);
+            assert!(engine.keeper.live().is_empty());
+            assert!(engine.releaser.is_idle());
+        }
+        let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        assert_eq!(tasks(), 4, "keeper and releaser of each provider");
+
+        let engine = Arc::downgrade(&provider.engine);
+        drop((provider, other));
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(engine.upgrade().is_none());
+        assert_eq!(tasks(), 0);
+    }
+}

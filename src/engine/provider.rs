@@ -26,7 +26,7 @@ use crate::options::{LockOptions, Terms};
 /// let provider: Box<dyn LockProvider> = Box::new(Provider::new(Memory::new()));
 /// ```
 pub struct Provider<B: Backend> {
-    engine: Arc<Engine<B>>,
+    pub(super) engine: Arc<Engine<B>>,
     defaults: LockOptions,
     prefix: String,
 }

@@ -154,11 +154,12 @@ pub(crate) enum ClaimEnd<B: Backend> {
 
 /// What has to be done after a change, once the shard is unlocked.
 #[must_use]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub(crate) enum Next {
     Nothing,
-    /// Spawn the driver: the slot says `Driving` already.
-    Drive,
+    /// Spawn the driver there, where the first waiter lives: that runtime is being polled. The slot says `Driving`
+    /// already.
+    Drive(Handle),
 }
 
 /// What a driver shall do next.
@@ -207,11 +208,14 @@ impl<B: Backend> Slot<B> {
         self.waiters.insert(place, waiter);
     }
 
-    fn start_driving(&mut self) -> Next {
+    /// What is to be done now that nothing is under way and nobody holds the lock.
+    fn serve_waiters(&mut self) -> Next {
+        let Some(first) = self.waiters.front() else { return Next::Nothing };
+        let runtime = first.runtime.clone();
         self.activity = Activity::Driving;
         self.stop = Some(Arc::new(Notify::new()));
         self.notify();
-        Next::Drive
+        Next::Drive(runtime)
     }
 
     fn is_empty(&self) -> bool {
@@ -329,11 +333,7 @@ impl<B: Backend> Queues<B> {
             }
             slot.trouble = trouble;
             slot.notify();
-            if slot.holder.is_none() && !slot.waiters.is_empty() {
-                slot.start_driving()
-            } else {
-                Next::Nothing
-            }
+            if slot.holder.is_none() { slot.serve_waiters() } else { Next::Nothing }
         })
         .unwrap_or(Next::Nothing)
     }
@@ -382,7 +382,7 @@ impl<B: Backend> Queues<B> {
             slot.streak = None;
             slot.activity = Activity::Idle;
             slot.notify();
-            if slot.waiters.is_empty() { Next::Nothing } else { slot.start_driving() }
+            slot.serve_waiters()
         })
         .unwrap_or(Next::Nothing)
     }
@@ -539,6 +539,12 @@ impl<B: Backend> Queues<B> {
     /// [`is_settled`](Self::is_settled).
     pub(crate) fn settled(&self) -> Notified<'_> {
         self.settled.notified()
+    }
+
+    /// How many names anything is known of.
+    #[cfg(test)]
+    pub(crate) fn len(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
 
     /// Whether nothing is under way for any name.

@@ -104,6 +104,17 @@ impl<B: Backend> Releaser<B> {
         self.worker.wake();
     }
 
+    /// Does on `runtime` what the worker hasn't come to: its runtime may be alive and yet not be polled. For callers who
+    /// would have to wait for it.
+    pub(super) fn help(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
+        if lock(&self.queue).jobs.is_empty() {
+            return;
+        }
+        for job in std::iter::from_fn(|| self.take()).take(CONCURRENT) {
+            runtime.spawn(carry_out(engine.clone(), job));
+        }
+    }
+
     fn take(&self) -> Option<Job<B>> {
         let mut queue = lock(&self.queue);
         let job = queue.jobs.pop_front();
@@ -305,8 +316,8 @@ impl<B: Backend> Engine<B> {
 
     /// Serves the next waiter if that is what a change of the slot asks for.
     pub(super) fn serve(self: &Arc<Self>, next: Next, name: &LockName) {
-        if next == Next::Drive {
-            tokio::spawn(super::acquire::drive(self.clone(), name.clone()));
+        if let Next::Drive(runtime) = next {
+            runtime.spawn(super::acquire::drive(self.clone(), name.clone()));
         }
     }
 }
