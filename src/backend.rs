@@ -119,6 +119,14 @@ impl<H> Grant<H> {
     pub fn on_session(hold: H, token: FencingToken, session: &Session) -> Self {
         Self { hold, token, validity: Validity::Session(session.clone()) }
     }
+
+    /// Whether it has run out before it could be used.
+    pub(crate) fn has_expired(&self) -> bool {
+        match &self.validity {
+            Validity::Until(until) => until.has_passed(),
+            Validity::Session(session) => session.ended().is_some() || session.deadline().has_passed(),
+        }
+    }
 }
 
 /// What a claim came to.

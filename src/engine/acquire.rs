@@ -1,21 +1,22 @@
-//! Brings grants in: one claim in the caller's own future, then, if the lock is busy, a driver task that waits on the
-//! server on behalf of all local waiters.
+//! Brings grants in: one claim in the caller's own future, then, if the lock is busy, a place in the queue that the
+//! [driver](super::driver) serves.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tracing::{Instrument, Span, field};
 
 use super::Engine;
-use super::backoff::{Backoff, jitter};
+use super::attempt::Attempt;
+use super::backoff::Backoff;
 use super::holding::Holding;
-use super::queue::{Begin, ClaimEnd, Delivery, Head, Trouble, Waiter, Watchers};
+use super::queue::{Begin, ClaimEnd};
 use super::releaser::Job;
+use super::slot::{Delivery, Trouble, Waiter, Watchers};
 use super::worker::OnDrop;
 use crate::backend::{Backend, Claim, Grant, Mode, Outcome};
-use crate::capabilities::Fairness;
 use crate::clock::Instant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::LockGuard;
@@ -24,15 +25,6 @@ use crate::options::Terms;
 
 /// How much longer than the caller's time limit an attempt that is under way may take to be answered.
 const ROUND_TRIP: Duration = Duration::from_millis(200);
-/// How long the driver asks the backend to wait on the server at a time.
-const WAIT: Duration = Duration::from_secs(10);
-/// How the driver polls a backend that doesn't wait, and how it retries a failing one.
-const FIRST_DELAY: Duration = Duration::from_millis(10);
-const SLOWEST_POLL: Duration = Duration::from_millis(500);
-const SLOWEST_RETRY: Duration = Duration::from_secs(1);
-/// How long other processes get to take a lock that has passed from hand to hand here, where the server keeps no order.
-const YIELD: Duration = Duration::from_millis(3);
-
 /// How long a caller waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Patience {
@@ -71,7 +63,7 @@ impl<B: Backend> Engine<B> {
     async fn acquire_inner(self: &Arc<Self>, request: Request<'_>) -> Result<Option<LockGuard>> {
         let runtime = self.ensure_workers()?;
         let call = Call { number: self.next_number(), began: Instant::now(), runtime, request };
-        let mut backoff = Backoff::new(FIRST_DELAY, SLOWEST_RETRY);
+        let mut backoff = Backoff::between_retries();
         let mut trouble: Option<Error> = None;
         loop {
             if self.is_closed() {
@@ -278,127 +270,6 @@ impl<B: Backend> Engine<B> {
     }
 }
 
-/// Serves the waiters of one name: claims for the first, waits on the server, and hands what it gets to whoever is
-/// first then. A waiter who leaves doesn't cost the others the place on the server. Ends with the first grant, since
-/// from then on the holder's release serves the next, or when nobody waits.
-pub(super) async fn drive<B: Backend>(engine: Arc<Engine<B>>, name: LockName) {
-    // Dropped with its runtime: the waiters of other runtimes see to it themselves.
-    let mut died = OnDrop(Some({
-        let (engine, name) = (engine.clone(), name.clone());
-        move || engine.queues.driver_died(&name)
-    }));
-    drive_to_the_end(&engine, &name).await;
-    died.0 = None;
-}
-
-async fn drive_to_the_end<B: Backend>(engine: &Arc<Engine<B>>, name: &LockName) {
-    loop {
-        let Head::Claim { ttl, mode, failures, yields, stop } = engine.queues.head(name) else { return };
-        if failures > 0 {
-            let delay = Backoff::new(FIRST_DELAY, SLOWEST_RETRY).after(failures - 1).next();
-            if tokio::time::timeout(delay, stop.notified()).await.is_ok() {
-                continue;
-            }
-        }
-        if yields && engine.capabilities.fairness == Fairness::None {
-            tokio::time::sleep(YIELD / 2 + jitter(YIELD / 2)).await;
-        }
-        let began = Instant::now();
-        let error = match Claim::new(name.clone(), mode, ttl) {
-            Ok(claim) => match claim_for_waiters(engine, Attempt::new(engine, claim), &stop).await {
-                Ok(()) => return,
-                Err(error) => error,
-            },
-            Err(error) => error,
-        };
-        engine.queues.fail(name, began, &error);
-        if error.kind() == ErrorKind::Unknown {
-            return; // it is being abandoned, and then there is a new driver
-        }
-    }
-}
-
-/// One claim, asked again until it is granted or nobody needs it. An error has been cleared up after; if it is of kind
-/// `Unknown`, by abandoning the claim in the background.
-async fn claim_for_waiters<B: Backend>(
-    engine: &Arc<Engine<B>>,
-    attempt: Attempt<'_, B>,
-    stop: &Notify,
-) -> Result<()> {
-    let mut poll = Backoff::new(FIRST_DELAY, SLOWEST_POLL);
-    loop {
-        let claimed_at = Instant::now();
-        let answer = {
-            let answer =
-                tokio::time::timeout(WAIT + WAIT / 2, engine.backend.try_claim(&attempt.claim, WAIT));
-            tokio::pin!(answer);
-            loop {
-                tokio::select! {
-                    answer = &mut answer => break answer,
-                    () = stop.notified() => {
-                        if engine.queues.give_up(&attempt.claim) {
-                            return Ok(()); // dropping both abandons it
-                        }
-                    }
-                }
-            }
-        };
-        let retry_after = match answer {
-            Ok(Ok(Outcome::Granted(grant))) => {
-                engine.deliver(&attempt.disarm(), claimed_at, grant);
-                return Ok(());
-            }
-            Ok(Ok(Outcome::Busy { retry_after })) => retry_after,
-            Ok(Err(error)) => {
-                if error.kind() != ErrorKind::Unknown {
-                    let _ = attempt.disarm();
-                }
-                return Err(error);
-            }
-            Err(_) => return Err(Error::new(ErrorKind::Unknown, "the claim has not been answered in time")),
-        };
-        engine.queues.clear_trouble(&attempt.claim.name);
-        if engine.queues.give_up(&attempt.claim) {
-            return Ok(());
-        }
-        let waited = claimed_at.elapsed();
-        if waited >= WAIT / 2 || (retry_after == Some(Duration::ZERO) && !waited.is_zero()) {
-            poll.reset(); // the backend has waited: no reason to wait once more
-            continue;
-        }
-        let delay = poll.next().min(retry_after.unwrap_or(Duration::MAX));
-        let _ = tokio::time::timeout(delay, stop.notified()).await; // either will do
-    }
-}
-
-/// A claim that may have reached the server. Unless it is disarmed, by an answer that leaves nothing behind, dropping it
-/// at whatever point has it abandoned; until that is done the name stays occupied.
-struct Attempt<'a, B: Backend> {
-    engine: &'a Arc<Engine<B>>,
-    claim: Claim,
-    armed: bool,
-}
-
-impl<'a, B: Backend> Attempt<'a, B> {
-    fn new(engine: &'a Arc<Engine<B>>, claim: Claim) -> Self {
-        Self { engine, claim, armed: true }
-    }
-
-    fn disarm(mut self) -> Claim {
-        self.armed = false;
-        self.claim.clone()
-    }
-}
-
-impl<B: Backend> Drop for Attempt<'_, B> {
-    fn drop(&mut self) {
-        if self.armed {
-            self.engine.queues.begin_freeing(&self.claim.name);
-            self.engine.releaser.push(self.engine, Job::Abandon(self.claim.clone()));
-        }
-    }
-}
-
 enum Claimed {
     Granted(LockGuard),
     Busy,
@@ -455,17 +326,5 @@ fn record(span: &Span, began: Instant, result: &Result<Option<LockGuard>>) {
     span.record("waited_ms", u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
     if let Ok(Some(guard)) = result {
         span.record("lock.token", guard.fencing_token().get());
-    }
-}
-
-impl<H> Grant<H> {
-    /// Whether it has run out before it could be used.
-    fn has_expired(&self) -> bool {
-        match &self.validity {
-            crate::backend::Validity::Until(until) => until.has_passed(),
-            crate::backend::Validity::Session(session) => {
-                session.ended().is_some() || session.deadline().has_passed()
-            }
-        }
     }
 }

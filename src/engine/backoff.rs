@@ -12,6 +12,16 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
+    /// Between retries of what has failed: from 10 ms to 1 s.
+    pub(crate) fn between_retries() -> Self {
+        Self::new(Duration::from_millis(10), Duration::from_secs(1))
+    }
+
+    /// Between looks at a lock whose backend doesn't wait: from 10 ms to 500 ms.
+    pub(crate) fn between_polls() -> Self {
+        Self::new(Duration::from_millis(10), Duration::from_millis(500))
+    }
+
     pub(crate) fn new(base: Duration, cap: Duration) -> Self {
         Self { base, cap, bound: base }
     }

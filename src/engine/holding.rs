@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::runtime::Handle;
 
-use super::queue::Waiter;
 use super::releaser::Job;
+use super::slot::Waiter;
 use super::{Engine, current_runtime, lock};
 use crate::backend::{Backend, Claim, Grant, Validity};
 use crate::clock::Instant;

@@ -1,16 +1,20 @@
 //! Everything that every backend needs and none writes: queueing, waiting, renewal, loss, release, close.
 //!
-//! One [`Engine`] serves one provider. What goes on for a name is kept in [`queue`]; [`acquire`] brings grants in,
-//! [`holding`] is a grant as long as it is held, [`keeper`] keeps it alive, and [`releaser`] brings it back. Nothing here
-//! knows a driver, and no backend is asked anything that isn't in [`Backend`].
+//! One [`Engine`] serves one provider. What goes on for a name is kept in [`queue`], in its [`slot`]. [`acquire`] brings
+//! grants in, with the help of a [`driver`] for those who wait; [`holding`] is a grant as long as it is held, [`keeper`]
+//! keeps it alive, and [`releaser`] brings it back. Nothing here knows a server, and no backend is asked anything that
+//! isn't in [`Backend`].
 
 mod acquire;
+mod attempt;
 mod backoff;
+mod driver;
 mod holding;
 mod keeper;
 mod provider;
 mod queue;
 mod releaser;
+mod slot;
 mod worker;
 
 use std::collections::hash_map::RandomState;

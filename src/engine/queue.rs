@@ -5,25 +5,23 @@
 //!
 //! Nothing may look at a tenure's state with a shard locked: a loss noticed there would come back here.
 
+use std::collections::HashMap;
 use std::collections::hash_map::{Entry, RandomState};
-use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tokio::runtime::Handle;
 use tokio::sync::futures::Notified;
 use tokio::sync::{Notify, oneshot};
 
 use super::holding::Holding;
 use super::lock;
+use super::slot::{Activity, Delivery, Next, Slot, Trouble, Waiter, Watchers};
 use crate::backend::{Backend, Claim, Mode};
 use crate::clock::Instant;
 use crate::error::Error;
-use crate::guard::LockGuard;
 use crate::name::LockName;
-use crate::options::Terms;
 
 const SHARDS: usize = 32;
 
@@ -36,99 +34,6 @@ pub(crate) struct Queues<B: Backend> {
     shards: [Mutex<HashMap<LockName, Slot<B>, RandomState>>; SHARDS],
     hasher: RandomState,
     settled: Notify,
-}
-
-pub(crate) struct Slot<B: Backend> {
-    holder: Option<Arc<Holding<B>>>,
-    activity: Activity,
-    waiters: VecDeque<Waiter>,
-    /// Tries that wait for the outcome of what is under way.
-    watchers: Option<Arc<Watchers>>,
-    /// Wakes the driver when its last waiter is gone.
-    stop: Option<Arc<Notify>>,
-    /// The outage that the driver is riding out.
-    trouble: Option<Trouble>,
-    /// The run of transfers inside this process: how many, since when.
-    streak: Option<(u32, Instant)>,
-    /// The run has just been cut short for the sake of others: let them go first.
-    yields: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Activity {
-    Idle,
-    /// A caller's own future is claiming.
-    Claiming,
-    /// The driver task is claiming for the waiters.
-    Driving,
-    /// A release or an abandonment is queued or under way.
-    Freeing,
-}
-
-/// What a failing server has said so far.
-pub(crate) struct Trouble {
-    since: Instant,
-    failures: u32,
-    error: Error,
-}
-
-impl Trouble {
-    pub(crate) fn new(since: Instant, error: &Error) -> Self {
-        Self { since, failures: 1, error: error.duplicate() }
-    }
-}
-
-/// A local waiter, in the order of its number.
-pub(crate) struct Waiter {
-    pub(crate) number: u64,
-    pub(crate) arrived: Instant,
-    pub(crate) display_name: LockName,
-    pub(crate) terms: Terms,
-    pub(crate) mode: Mode,
-    /// Where the waiter lives.
-    pub(crate) runtime: Handle,
-    pub(crate) deliver: oneshot::Sender<Delivery>,
-}
-
-impl Waiter {
-    /// Whether a grant of this claim would do for this waiter.
-    fn fits(&self, claim: &Claim) -> bool {
-        self.terms.ttl == claim.ttl && self.mode == claim.mode
-    }
-}
-
-pub(crate) enum Delivery {
-    Granted(LockGuard),
-    Failed(Error),
-    /// Who served the queue is gone with its runtime: queue again, and see that somebody serves it.
-    Again,
-}
-
-/// Wakes tries when what they watch is over, and tells them of a claim that found the lock busy.
-#[derive(Default)]
-pub(crate) struct Watchers {
-    over: AtomicBool,
-    changed: Notify,
-    busy: AtomicU64,
-}
-
-impl Watchers {
-    pub(crate) async fn changed(&self) {
-        let changed = self.changed.notified();
-        if !self.over.load(Ordering::Acquire) {
-            changed.await;
-        }
-    }
-
-    fn notify(&self) {
-        self.over.store(true, Ordering::Release);
-        self.changed.notify_waiters();
-    }
-
-    /// Whether a claim that began after the call of this number has found the lock busy.
-    pub(crate) fn found_busy_after(&self, number: u64) -> bool {
-        self.busy.load(Ordering::Acquire) > number
-    }
 }
 
 /// How a call may go on.
@@ -152,16 +57,6 @@ pub(crate) enum ClaimEnd<B: Backend> {
     Failed,
 }
 
-/// What has to be done after a change, once the shard is unlocked.
-#[must_use]
-#[derive(Debug)]
-pub(crate) enum Next {
-    Nothing,
-    /// Spawn the driver there, where the first waiter lives: that runtime is being polled. The slot says `Driving`
-    /// already.
-    Drive(Handle),
-}
-
 /// What a driver shall do next.
 pub(crate) enum Head {
     /// Claim for the first waiter, with its TTL and mode.
@@ -176,51 +71,6 @@ pub(crate) enum Head {
     },
     /// Nobody waits; the driver's job has ended with this answer.
     Nobody,
-}
-
-impl<B: Backend> Slot<B> {
-    fn new(activity: Activity) -> Self {
-        Self {
-            holder: None,
-            activity,
-            waiters: VecDeque::new(),
-            watchers: None,
-            stop: None,
-            trouble: None,
-            streak: None,
-            yields: false,
-        }
-    }
-
-    fn notify(&mut self) {
-        if let Some(watchers) = self.watchers.take() {
-            watchers.notify();
-        }
-    }
-
-    fn watch(&mut self) -> Arc<Watchers> {
-        self.watchers.get_or_insert_default().clone()
-    }
-
-    /// In the order of the numbers, so that a waiter who comes back has its old place.
-    fn enqueue(&mut self, waiter: Waiter) {
-        let place = self.waiters.partition_point(|other| other.number < waiter.number);
-        self.waiters.insert(place, waiter);
-    }
-
-    /// What is to be done now that nothing is under way and nobody holds the lock.
-    fn serve_waiters(&mut self) -> Next {
-        let Some(first) = self.waiters.front() else { return Next::Nothing };
-        let runtime = first.runtime.clone();
-        self.activity = Activity::Driving;
-        self.stop = Some(Arc::new(Notify::new()));
-        self.notify();
-        Next::Drive(runtime)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.holder.is_none() && self.activity == Activity::Idle && self.waiters.is_empty()
-    }
 }
 
 impl<B: Backend> Queues<B> {

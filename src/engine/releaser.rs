@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use super::backoff::Backoff;
 use super::holding::Holding;
-use super::queue::Next;
+use super::slot::Next;
 use super::worker::{OnDrop, Worker};
 use super::{Engine, lock};
 use crate::backend::{Backend, Claim, Released};
@@ -26,8 +26,6 @@ use crate::tenure::State;
 const CONCURRENT: usize = 256;
 /// A request that isn't answered is given up for another after this part of the TTL.
 const PATIENCE: u32 = 4;
-const FIRST_RETRY: Duration = Duration::from_millis(10);
-const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 
 /// Something to bring back. The name's slot is `Freeing` until it is done.
 pub(crate) enum Job<B: Backend> {
@@ -245,7 +243,7 @@ impl<B: Backend> Engine<B> {
         keep_for: Duration,
         limit: Option<Instant>,
     ) -> Result<Released> {
-        let mut backoff = Backoff::new(FIRST_RETRY, SLOWEST_RETRY);
+        let mut backoff = Backoff::between_retries();
         let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
         let mut ambiguous = false;
         loop {
@@ -279,7 +277,7 @@ impl<B: Backend> Engine<B> {
     /// Abandons a claim whose slot is `Freeing`, until the server has confirmed it or the TTL has freed the lock anyway.
     async fn abandon(self: &Arc<Self>, claim: Claim) {
         let under_way = UnderWay::new(self, Job::Abandon(claim.clone()));
-        let mut backoff = Backoff::new(FIRST_RETRY, SLOWEST_RETRY);
+        let mut backoff = Backoff::between_retries();
         let limit = Instant::now() + claim.ttl;
         loop {
             let patience = limit.remaining().min(claim.ttl / PATIENCE);
@@ -317,7 +315,7 @@ impl<B: Backend> Engine<B> {
     /// Serves the next waiter if that is what a change of the slot asks for.
     pub(super) fn serve(self: &Arc<Self>, next: Next, name: &LockName) {
         if let Next::Drive(runtime) = next {
-            runtime.spawn(super::acquire::drive(self.clone(), name.clone()));
+            runtime.spawn(super::driver::drive(self.clone(), name.clone()));
         }
     }
 }
