@@ -2,11 +2,12 @@
 //! [driver](super::driver) serves.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
-use tracing::{Instrument, Span, field};
+use tracing::{Instrument, field};
 
 use super::Engine;
 use super::attempt::Attempt;
@@ -53,16 +54,29 @@ impl<B: Backend> Engine<B> {
             lock.token = field::Empty,
             lock.mode = "exclusive",
             waited_ms = field::Empty,
+            attempts = field::Empty,
         );
         let (began, display_name) = (Instant::now(), request.display_name);
-        let result = self.acquire_inner(request).instrument(span.clone()).await;
-        record(&span, began, &result);
+        let attempts = AtomicU32::new(0);
+        let result = self.acquire_inner(request, &attempts).instrument(span.clone()).await;
+        if !span.is_disabled() {
+            span.record("waited_ms", u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
+            span.record("attempts", attempts.into_inner());
+            if let Ok(Some(guard)) = &result {
+                span.record("lock.token", guard.fencing_token().get());
+            }
+        }
         result.map_err(|error| error.during("acquire", self.backend.name(), Some(display_name)))
     }
 
-    async fn acquire_inner(self: &Arc<Self>, request: Request<'_>) -> Result<Option<LockGuard>> {
+    /// `attempts` counts the claims of this call itself; those of a driver are for all who wait.
+    async fn acquire_inner(
+        self: &Arc<Self>,
+        request: Request<'_>,
+        attempts: &AtomicU32,
+    ) -> Result<Option<LockGuard>> {
         let runtime = self.ensure_workers()?;
-        let call = Call { number: self.next_number(), began: Instant::now(), runtime, request };
+        let call = Call { number: self.next_number(), began: Instant::now(), runtime, request, attempts };
         let mut backoff = Backoff::between_retries();
         let mut trouble: Option<Error> = None;
         loop {
@@ -139,11 +153,10 @@ impl<B: Backend> Engine<B> {
                 return Err(error);
             }
         };
-        self.longest_ttl.fetch_max(
-            u64::try_from(terms.ttl.as_nanos()).unwrap_or(u64::MAX),
-            std::sync::atomic::Ordering::Relaxed,
-        );
+        self.longest_ttl
+            .fetch_max(u64::try_from(terms.ttl.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         let number = self.next_number();
+        call.attempts.fetch_add(1, Ordering::Relaxed);
         let attempt = Attempt::new(self, claim);
         let claimed_at = Instant::now();
         let answer = tokio::time::timeout(
@@ -285,6 +298,7 @@ struct Call<'a> {
     began: Instant,
     runtime: Handle,
     request: Request<'a>,
+    attempts: &'a AtomicU32,
 }
 
 impl Call<'_> {
@@ -316,15 +330,5 @@ impl Call<'_> {
     /// When a claim that is under way counts as unanswered.
     fn answer_limit(&self) -> Instant {
         self.gives_up_at().max(Instant::now()) + ROUND_TRIP
-    }
-}
-
-fn record(span: &Span, began: Instant, result: &Result<Option<LockGuard>>) {
-    if span.is_disabled() {
-        return;
-    }
-    span.record("waited_ms", u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX));
-    if let Ok(Some(guard)) = result {
-        span.record("lock.token", guard.fencing_token().get());
     }
 }
