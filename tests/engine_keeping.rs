@@ -183,6 +183,21 @@ async fn hold_at_least_outlives_the_release_and_the_ttl() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_kept_and_taken_away_is_not_waited_for() {
+    let server = Faulty::default();
+    let lock = server.provider().create_lock_with("x", options().hold_at_least(secs(60)));
+    let (began, guard) = (Instant::now(), lock.acquire().await.unwrap());
+    guard.release().await.unwrap();
+    assert!(server.memory().revoke("x"));
+    drop(lock.acquire().await.unwrap());
+    assert!(
+        began.elapsed() <= secs(1) + ms(50),
+        "noticed at the next renewal, not after {:?}",
+        began.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn run_ends_with_the_lock() {
     let server = Faulty::default();
     let lock = server.provider().create_lock_with("x", options());

@@ -243,7 +243,12 @@ impl<B: Backend> Keeper<B> {
                 if let Some(session) = tenure.session().filter(|_| loss == Loss::SessionEnded) {
                     session.end(loss);
                 }
-                tenure.lose(loss);
+                if tenure.lose(loss) == State::Released {
+                    // Kept for `hold_at_least`, and gone all the same: nothing is left to wait for.
+                    self.change(holding, |timing| {
+                        timing.keep_until = timing.keep_until.min(Some(Instant::now()))
+                    });
+                }
             }
             Renewal::Failed(error) => {
                 tracing::warn!(
