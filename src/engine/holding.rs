@@ -53,6 +53,8 @@ pub(super) struct Timing {
     /// After a release before `hold_at_least`, where the server can't keep it by itself: until then it is renewed,
     /// then released.
     pub(super) keep_until: Option<Instant>,
+    /// That time is over, or there is nothing left to keep.
+    pub(super) was_kept: bool,
 }
 
 impl<B: Backend> Holding<B> {
@@ -86,6 +88,7 @@ impl<B: Backend> Holding<B> {
             max_hold_at: terms.max_hold.map_or(Instant::NEVER, |limit| now + limit),
             free_at: Instant::NEVER,
             keep_until: None,
+            was_kept: false,
         };
         Arc::new_cyclic(|weak: &Weak<Self>| Self {
             number: engine.next_number(),
@@ -158,6 +161,7 @@ impl<B: Backend> Holding<B> {
     /// How much of `hold_at_least` is left.
     pub(super) fn keep_for(&self) -> Duration {
         match self.tenure.state() {
+            State::Released if lock(&self.timing).was_kept => Duration::ZERO,
             State::Released => self.terms.hold_at_least.saturating_sub(self.granted_at.elapsed()),
             State::Held | State::Lost(_) => Duration::ZERO,
         }

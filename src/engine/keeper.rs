@@ -209,7 +209,11 @@ impl<B: Backend> Keeper<B> {
             (renew, over, too_long)
         };
         if over {
-            lock(&holding.timing).keep_until = None;
+            {
+                let mut timing = lock(&holding.timing);
+                timing.keep_until = None;
+                timing.was_kept = true;
+            }
             // A kept grant's cleanup belongs to its release, which left it to the keeper.
             engine.free_kept_or_lost(holding);
         }
