@@ -89,6 +89,34 @@ fn a_waiter_outlives_the_runtime_whose_driver_served_it() {
     drop(waiter.join().expect("the waiter"));
 }
 
+/// The driver backs off from an outage when its runtime ends: nothing of it is under way on the server, and the workers
+/// live on.
+#[test]
+fn a_waiter_outlives_the_runtime_whose_driver_was_backing_off() {
+    let server = Faulty::default();
+    let provider = provider(&server);
+    let workers =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().unwrap();
+    workers.block_on(async { drop(provider.create_lock("other").acquire().await.unwrap()) });
+
+    server.always(Op::Claim, Fault::Refuse(fencelock::ErrorKind::Unavailable));
+    let options = LockOptions::new().retry_for(secs(60));
+    let (first, second) =
+        (provider.create_lock_with("x", options.clone()), provider.create_lock_with("x", options));
+    let doomed = runtime();
+    doomed.block_on(async {
+        tokio::spawn(async move { first.acquire().await });
+        while server.count(Op::Claim) < 8 {
+            tokio::time::sleep(ms(1)).await; // its delays have grown
+        }
+    });
+    let waiter = std::thread::spawn(move || runtime().block_on(second.try_acquire_for(secs(20))));
+    std::thread::sleep(ms(50)); // so that it queues behind the other; either way it must be served
+    drop(doomed);
+    server.heal();
+    assert!(waiter.join().expect("the waiter").unwrap().is_some(), "it was not served");
+}
+
 #[test]
 fn a_lock_moves_between_threads_and_runtimes() {
     let server = Faulty::default();

@@ -53,6 +53,22 @@ async fn first_come_first_served_with_and_without_transfers() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn who_came_first_is_first_although_his_own_claim_took_longer() {
+    let server = Faulty::default();
+    let held = server.provider().create_lock("x").acquire().await.unwrap();
+    let provider = Arc::new(server.provider());
+    let (granted, mut grants) = mpsc::unbounded_channel();
+    server.once(Op::Claim, Fault::AnswerLate(ms(50)));
+    waiter(&provider, 1, &granted);
+    tokio::time::sleep(ms(10)).await;
+    waiter(&provider, 2, &granted); // queues while the first one's claim is under way
+    tokio::time::sleep(ms(100)).await;
+    held.release().await.unwrap();
+    assert_eq!(grants.recv().await.unwrap().0, 1);
+    assert_eq!(grants.recv().await.unwrap().0, 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_release_here_is_handed_over_in_one_request_but_not_for_ever() {
     let server = Faulty::default();
     let provider = Arc::new(server.provider());
