@@ -39,7 +39,7 @@ impl Instant {
         Self::now().since(self)
     }
 
-    fn since(self, earlier: Self) -> Duration {
+    pub(crate) fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0).max(0).cast_unsigned())
     }
 

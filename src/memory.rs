@@ -110,8 +110,16 @@ impl Memory {
     fn attempt(&self, claim: &Claim, waits: bool) -> Result<Attempted> {
         let mut store = self.lock();
         let entry = store.locks.entry(claim.name.clone()).or_default();
-        if entry.live_holder().is_none() && !entry.waiters.is_empty() {
-            store.vacate(&claim.name); // its time is up: the first in the queue is next, not whoever looks first
+        if entry.live_holder().is_none() {
+            // Its time is up: the first in the queue is next, not whoever looks first; unless that is the first.
+            while entry.waiters.front().is_some_and(|w| w.owner != claim.owner && w.granted.is_closed()) {
+                entry.waiters.pop_front();
+            }
+            if entry.waiters.front().is_some_and(|first| first.owner == claim.owner) {
+                entry.waiters.pop_front();
+            } else if !entry.waiters.is_empty() {
+                store.vacate(&claim.name);
+            }
         }
         let entry = store.locks.entry(claim.name.clone()).or_default();
         let Some(holder) = entry.live_holder() else {

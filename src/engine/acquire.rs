@@ -183,6 +183,13 @@ impl<B: Backend> Engine<B> {
                 return Ok(self.after_claim(call, ClaimEnd::Busy(number), None).unwrap_or(Claimed::Busy));
             }
             Ok(Err(error)) if error.kind() == ErrorKind::Unknown => {
+                if matches!(call.request.patience, Patience::Until(_)) && !call.gives_up_at().has_passed() {
+                    let (deliver, delivery) = oneshot::channel();
+                    let trouble = Trouble::new(claimed_at, &error);
+                    self.queues.wait_for_freeing(name, call.waiter(deliver), trouble);
+                    drop(attempt); // to be abandoned
+                    return Ok(Claimed::Queued(delivery));
+                }
                 drop(attempt); // to be abandoned
                 error
             }
@@ -241,10 +248,18 @@ impl<B: Backend> Engine<B> {
             Patience::Try => Instant::now(),
         };
         let delivered = loop {
-            if deadline == Instant::NEVER {
+            // The keeper may stand still with its runtime: who waits notices the end of the holder's time, too.
+            let holder = self.queues.holder(call.name());
+            if let Some(holder) = holder.as_ref().filter(|holder| holder.is_overdue()) {
+                holder.expire(self);
+                self.releaser.help(self, &call.runtime);
+            }
+            let look_at = holder.map_or(Instant::NEVER, |holder| holder.noticed_at()).min(deadline);
+            if look_at == Instant::NEVER {
                 break (&mut delivery).await.ok();
             }
-            match tokio::time::timeout(deadline.remaining(), &mut delivery).await {
+            let nap = look_at.remaining().max(Duration::from_millis(1)).min(deadline.remaining());
+            match tokio::time::timeout(nap, &mut delivery).await {
                 Ok(delivered) => break delivered.ok(),
                 Err(_) if !deadline.has_passed() => {} // the timer's clock is coarser than ours
                 Err(_) => break None,

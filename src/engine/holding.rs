@@ -53,8 +53,14 @@ pub(super) struct Timing {
     /// After a release before `hold_at_least`, where the server can't keep it by itself: until then it is renewed,
     /// then released.
     pub(super) keep_until: Option<Instant>,
-    /// That time is over, or there is nothing left to keep.
-    pub(super) was_kept: bool,
+    /// How long the server has promised that it stands, where the tenure doesn't say it any more.
+    pub(super) stands_until: Instant,
+}
+
+impl Timing {
+    pub(super) fn kept_deadline(&self) -> Option<Instant> {
+        self.keep_until.map(|_| self.stands_until)
+    }
 }
 
 impl<B: Backend> Holding<B> {
@@ -72,7 +78,11 @@ impl<B: Backend> Holding<B> {
         let (deadline, session, renew_at) = match grant.validity {
             // Renewed when less than two thirds of its time are left.
             Validity::Until(until) => {
-                let renew_at = if terms.auto_renew { until.before(third * 2) } else { Instant::NEVER };
+                let renew_at = if terms.auto_renew {
+                    super::keeper::first_renewal(claimed_at, until, terms.ttl)
+                } else {
+                    Instant::NEVER
+                };
                 (until, None, renew_at)
             }
             // A session's heartbeat goes on in any case; without renewal this grant ends before its session does.
@@ -81,14 +91,15 @@ impl<B: Backend> Holding<B> {
                 (own, Some(session), now + third)
             }
         };
+        let max_hold_at = terms.max_hold.map_or(Instant::NEVER, |limit| now + limit);
         let timing = Timing {
             scheduled: None,
             renew_at,
             failures: 0,
-            max_hold_at: terms.max_hold.map_or(Instant::NEVER, |limit| now + limit),
+            max_hold_at,
             free_at: Instant::NEVER,
             keep_until: None,
-            was_kept: false,
+            stands_until: deadline,
         };
         Arc::new_cyclic(|weak: &Weak<Self>| Self {
             number: engine.next_number(),
@@ -98,7 +109,7 @@ impl<B: Backend> Holding<B> {
             display_name,
             token: grant.token,
             hold: grant.hold,
-            tenure: Tenure::new(deadline, session, weak.clone()),
+            tenure: Tenure::new(deadline, max_hold_at, session, weak.clone()),
             terms,
             runtime,
             granted_at: now,
@@ -119,6 +130,9 @@ impl<B: Backend> Holding<B> {
 
     /// Puts it into the keeper's hands and a guard around it.
     pub(super) fn into_guard(self: Arc<Self>, engine: &Arc<Engine<B>>) -> LockGuard {
+        // They may have gone with their runtime since the caller began.
+        engine.keeper.ensure_running(engine, &self.runtime);
+        engine.releaser.ensure_running(engine, &self.runtime);
         engine.keeper.add(&self);
         self.tenure.join_session();
         tracing::debug!(
@@ -137,6 +151,12 @@ impl<B: Backend> Holding<B> {
     /// Whether its time is up although nobody may have noticed.
     pub(super) fn is_overdue(&self) -> bool {
         self.tenure.deadline().has_passed() && lock(&self.timing).keep_until.is_none()
+    }
+
+    /// When a waiter may notice that its time is up.
+    pub(super) fn noticed_at(&self) -> Instant {
+        let kept = lock(&self.timing).keep_until.is_some();
+        if kept { Instant::NEVER } else { self.tenure.deadline() }
     }
 
     /// Whether the server has freed it by itself, if it frees anything.
@@ -161,7 +181,6 @@ impl<B: Backend> Holding<B> {
     /// How much of `hold_at_least` is left.
     pub(super) fn keep_for(&self) -> Duration {
         match self.tenure.state() {
-            State::Released if lock(&self.timing).was_kept => Duration::ZERO,
             State::Released => self.terms.hold_at_least.saturating_sub(self.granted_at.elapsed()),
             State::Held | State::Lost(_) => Duration::ZERO,
         }

@@ -112,10 +112,25 @@ impl<B: Backend> Keeper<B> {
     }
 
     /// Renews a released grant until `until`, and only then frees it.
-    pub(super) fn keep(&self, holding: &Arc<Holding<B>>, until: Instant) {
-        lock(&holding.timing).keep_until = Some(until);
+    pub(super) fn mark_kept(&self, holding: &Arc<Holding<B>>, until: Instant) {
+        let deadline = holding.tenure.deadline();
+        let mut timing = lock(&holding.timing);
+        timing.keep_until = Some(until);
+        timing.stands_until = deadline;
+    }
+
+    /// Comes after `mark_kept`.
+    pub(super) fn keep(&self, holding: &Arc<Holding<B>>) {
         self.remove(holding);
         self.add(holding);
+    }
+
+    pub(super) fn found_dead(&self, runtime: runtime::Id) {
+        lock(&self.dead).push(runtime);
+    }
+
+    pub(super) fn is_dead(&self, runtime: runtime::Id) -> bool {
+        lock(&self.dead).contains(&runtime)
     }
 
     /// The job has taken too long: renewal stops, and the lock is freed when its TTL has run out.
@@ -170,11 +185,11 @@ impl<B: Backend> Keeper<B> {
             }
         }
         // Requests of very different length would share the fate of the shortest.
-        renewals.sort_by_key(|holding| holding.terms.ttl);
-        for batch in
-            renewals.chunk_by(|a, b| b.terms.ttl <= a.terms.ttl * 2).flat_map(|like| like.chunks(BATCH))
-        {
-            tokio::spawn(renew(engine.clone(), batch.to_vec()));
+        let mut renewals: Vec<_> = renewals.into_iter().map(|holding| (timeout(&holding), holding)).collect();
+        renewals.sort_by_key(|&(timeout, _)| timeout);
+        for batch in renewals.chunk_by(|a, b| b.0 <= a.0 * 2).flat_map(|like| like.chunks(BATCH)) {
+            let batch = batch.iter().map(|(_, holding)| holding.clone()).collect();
+            tokio::spawn(renew(engine.clone(), batch));
         }
         let mut schedule = lock(&self.schedule);
         schedule.looks_at = schedule.holdings.keys().next().map_or(Instant::NEVER, |&(at, _)| at);
@@ -199,9 +214,9 @@ impl<B: Backend> Keeper<B> {
                 (State::Released | State::Lost(_), _) => return false,
             };
             let too_long = state == State::Held && timing.max_hold_at.has_passed_at(now);
-            let mut renew = !over && !too_long && timing.renew_at.has_passed_at(now + SLACK);
+            let mut renew = !over && !too_long && timing.renew_at.has_passed_at(now + slack(holding));
             if renew {
-                (renew, timing.renew_at) = next_renewal(holding, now);
+                (renew, timing.renew_at) = next_renewal(holding, now, timing.kept_deadline());
             }
             if !over {
                 self.insert(&mut schedule, holding, &mut timing);
@@ -209,11 +224,7 @@ impl<B: Backend> Keeper<B> {
             (renew, over, too_long)
         };
         if over {
-            {
-                let mut timing = lock(&holding.timing);
-                timing.keep_until = None;
-                timing.was_kept = true;
-            }
+            lock(&holding.timing).keep_until = None;
             // A kept grant's cleanup belongs to its release, which left it to the keeper.
             engine.free_kept_or_lost(holding);
         }
@@ -224,7 +235,7 @@ impl<B: Backend> Keeper<B> {
     }
 
     /// What a renewal came to.
-    fn heed(&self, holding: &Holding<B>, sent: Instant, renewal: Renewal) {
+    fn heed(&self, engine: &Arc<Engine<B>>, holding: &Arc<Holding<B>>, sent: Instant, renewal: Renewal) {
         let tenure = &holding.tenure;
         let third = holding.terms.ttl / 3;
         match renewal {
@@ -234,10 +245,11 @@ impl<B: Backend> Keeper<B> {
                     sent + third
                 } else {
                     tenure.extend(until);
-                    until.before(third * 2)
+                    first_renewal(sent, until, holding.terms.ttl)
                 };
                 self.change(holding, |timing| {
                     timing.failures = 0;
+                    timing.stands_until = timing.stands_until.max(until);
                     if timing.renew_at != Instant::NEVER {
                         timing.renew_at = renew_at;
                     }
@@ -247,17 +259,18 @@ impl<B: Backend> Keeper<B> {
                 if let Some(session) = tenure.session().filter(|_| loss == Loss::SessionEnded) {
                     session.end(loss);
                 }
-                if tenure.lose(loss) == State::Released {
-                    // Kept for `hold_at_least`, and gone all the same: nothing is left to wait for.
-                    self.change(holding, |timing| {
-                        timing.keep_until = timing.keep_until.min(Some(Instant::now()))
-                    });
+                tenure.lose(loss);
+                if lock(&holding.timing).keep_until.take().is_some() {
+                    // Released, and nothing is left to keep.
+                    self.remove(holding);
+                    engine.queues.begin_freeing(&holding.name);
+                    engine.releaser.push(engine, super::releaser::Job::Gone(holding.name.clone()));
                 }
             }
             Renewal::Failed(error) => {
                 tracing::warn!(
                     lock.name = %holding.display_name().quoted(),
-                    lock.token = crate::guard::Held::token(holding).get(),
+                    lock.token = crate::guard::Held::token(&**holding).get(),
                     %error,
                     "renewal failed: the old deadline stands"
                 );
@@ -279,9 +292,10 @@ impl<B: Backend> Keeper<B> {
 
 /// Whether to renew this one now, and when its renewal is due next. While a request is under way that is when the
 /// request will have failed.
-fn next_renewal<B: Backend>(holding: &Holding<B>, now: Instant) -> (bool, Instant) {
-    let retry_at = now + timeout(holding) + SHORTEST_TIMEOUT;
-    match holding.tenure.session().map(|session| session.take_beat(now + SLACK, holding.terms.ttl / 3)) {
+fn next_renewal<B: Backend>(holding: &Holding<B>, now: Instant, kept: Option<Instant>) -> (bool, Instant) {
+    let retry_at = now + timeout_of(holding, kept) + SHORTEST_TIMEOUT;
+    let beat_by = now + slack(holding);
+    match holding.tenure.session().map(|session| session.take_beat(beat_by, holding.terms.ttl / 3)) {
         Some(Err(another_beats_at)) => (false, another_beats_at),
         Some(Ok(())) | None => (true, retry_at),
     }
@@ -289,8 +303,24 @@ fn next_renewal<B: Backend>(holding: &Holding<B>, now: Instant) -> (bool, Instan
 
 /// How long a renewal may take: so that at least one more fits in before the deadline.
 fn timeout<B: Backend>(holding: &Holding<B>) -> Duration {
-    let left = holding.tenure.deadline().remaining().min(holding.terms.ttl);
+    let kept = lock(&holding.timing).kept_deadline();
+    timeout_of(holding, kept)
+}
+
+fn timeout_of<B: Backend>(holding: &Holding<B>, kept: Option<Instant>) -> Duration {
+    // A released tenure's own deadline doesn't move any more.
+    let left = kept.unwrap_or_else(|| holding.tenure.deadline()).remaining().min(holding.terms.ttl);
     (left / 2).max(SHORTEST_TIMEOUT)
+}
+
+/// What is due within this time travels in the same request: little against the time between two renewals.
+fn slack<B: Backend>(holding: &Holding<B>) -> Duration {
+    SLACK.min(holding.terms.ttl / 12)
+}
+
+/// When less than two thirds of what the server gave are left; that may be less than the TTL.
+pub(super) fn first_renewal(sent: Instant, until: Instant, ttl: Duration) -> Instant {
+    until.before(until.since(sent).min(ttl) / 3 * 2)
 }
 
 /// How long to wait after a failed renewal: several more tries must fit in before the deadline.
@@ -313,6 +343,6 @@ async fn renew<B: Backend>(engine: Arc<Engine<B>>, batch: Vec<Arc<Holding<B>>>) 
             let error = Error::new(ErrorKind::Unavailable, "the renewal has not been answered");
             Renewal::Failed(holding.describe(error, "renew"))
         });
-        engine.keeper.heed(&holding, sent, renewal);
+        engine.keeper.heed(&engine, &holding, sent, renewal);
     }
 }

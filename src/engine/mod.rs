@@ -14,6 +14,7 @@ mod keeper;
 mod provider;
 mod queue;
 mod releaser;
+mod request;
 mod slot;
 mod worker;
 
@@ -88,7 +89,7 @@ impl<B: Backend> Engine<B> {
     async fn close(self: &Arc<Self>) -> Result<()> {
         self.closed.store(true, Ordering::Release);
         self.queues.fail_all(|| Error::new(ErrorKind::Closed, "the provider has been closed"));
-        self.ensure_workers()?;
+        let runtime = self.ensure_workers()?;
         let bound = Duration::from_nanos(self.longest_ttl.load(Ordering::Relaxed));
         let quiet = async {
             loop {
@@ -96,6 +97,8 @@ impl<B: Backend> Engine<B> {
                 if self.queues.is_settled() && self.releaser.is_idle() && !self.keeps_for_the_server() {
                     return;
                 }
+                self.releaser.ensure_running(self, &runtime);
+                self.releaser.help(self, &runtime);
                 settled.await;
             }
         };

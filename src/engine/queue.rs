@@ -5,8 +5,8 @@
 //!
 //! Nothing may look at a tenure's state with a shard locked: a loss noticed there would come back here.
 
-use std::collections::HashMap;
 use std::collections::hash_map::{Entry, RandomState};
+use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -67,7 +67,6 @@ pub(crate) enum Head {
         failures: u32,
         /// Let other processes go first.
         yields: bool,
-        stop: Arc<Notify>,
     },
     /// Nobody waits; the driver's job has ended with this answer.
     Nobody,
@@ -117,7 +116,7 @@ impl<B: Backend> Queues<B> {
                 let slot = occupied.get_mut();
                 match (&slot.holder, slot.activity) {
                     (Some(holder), _) if holder.is_overdue() => Begin::Expired(holder.clone()),
-                    (Some(_), Activity::Idle) | (None, Activity::Driving) => Begin::Busy,
+                    (Some(_), Activity::Idle) => Begin::Busy,
                     _ if !slot.waiters.is_empty() => Begin::Busy,
                     (_, Activity::Claiming | Activity::Freeing | Activity::Driving) => {
                         Begin::Watch(slot.watch())
@@ -188,6 +187,14 @@ impl<B: Backend> Queues<B> {
         .unwrap_or(Next::Nothing)
     }
 
+    /// The caller's own claim has an outcome that nobody knows: it waits, at its place, until that is cleared up.
+    pub(crate) fn wait_for_freeing(&self, name: &LockName, waiter: Waiter, trouble: Trouble) {
+        self.with(name, |slot| {
+            slot.enqueue(waiter);
+            slot.trouble = Some(trouble);
+        });
+    }
+
     /// A claim was broken off, or a grant ends: whatever it was is to be freed on the server, and until then the name
     /// stays occupied.
     pub(crate) fn begin_freeing(&self, name: &LockName) {
@@ -209,8 +216,11 @@ impl<B: Backend> Queues<B> {
     }
 
     /// The driver's task is gone with its runtime.
-    pub(crate) fn driver_died(&self, name: &LockName) {
+    pub(crate) fn driver_died(&self, name: &LockName, stop: &Arc<Notify>) {
         let waiters = self.with(name, |slot| {
+            if !slot.is_driven_by(stop) {
+                return VecDeque::new(); // its claim is being abandoned, and perhaps there is a new driver by now
+            }
             if slot.activity == Activity::Driving {
                 slot.activity = Activity::Idle;
             }
@@ -276,9 +286,12 @@ impl<B: Backend> Queues<B> {
     }
 
     /// For whom the driver claims next, if anybody waits.
-    pub(crate) fn head(&self, name: &LockName) -> Head {
+    pub(crate) fn head(&self, name: &LockName, stop: &Arc<Notify>) -> Head {
         self.with(name, |slot| {
-            let (Some(first), Some(stop)) = (slot.waiters.front(), &slot.stop) else {
+            if !slot.is_driven_by(stop) {
+                return Head::Nobody;
+            }
+            let Some(first) = slot.waiters.front() else {
                 slot.activity = Activity::Idle;
                 slot.stop = None;
                 slot.notify();
@@ -289,7 +302,6 @@ impl<B: Backend> Queues<B> {
                 mode: first.mode,
                 failures: slot.trouble.as_ref().map_or(0, |trouble| trouble.failures),
                 yields: std::mem::take(&mut slot.yields),
-                stop: stop.clone(),
             }
         })
         .unwrap_or(Head::Nobody)
@@ -352,6 +364,11 @@ impl<B: Backend> Queues<B> {
             }
             slot.trouble.as_ref().map(|trouble| trouble.error.duplicate())
         })?
+    }
+
+    /// Who holds it here.
+    pub(crate) fn holder(&self, name: &LockName) -> Option<Arc<Holding<B>>> {
+        self.with(name, |slot| slot.holder.clone())?
     }
 
     /// Sends every waiter away with an error.

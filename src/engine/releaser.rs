@@ -5,15 +5,15 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
 use super::backoff::Backoff;
 use super::holding::Holding;
+use super::request::answered;
 use super::slot::Next;
-use super::worker::{OnDrop, Worker};
+use super::worker::Worker;
 use super::{Engine, lock};
 use crate::backend::{Backend, Claim, Released};
 use crate::clock::Instant;
@@ -59,7 +59,7 @@ impl<B: Backend> Releaser<B> {
     }
 
     pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
-        let worker = self.worker.clone();
+        let (worker, id) = (self.worker.clone(), runtime.id());
         let (weak, ending) = (Arc::downgrade(engine), Arc::downgrade(engine));
         let task = move || async move {
             let mut running = JoinSet::new();
@@ -81,10 +81,25 @@ impl<B: Backend> Releaser<B> {
             if let Some(engine) = ending.upgrade() {
                 let anchor = lock(&engine.releaser.queue).anchor.take();
                 engine.queues.start_again();
+                engine.queues.notify_settled();
+                engine.releaser.move_on(&engine, id);
                 drop(anchor);
             }
         };
         self.worker.ensure_running(runtime, task, on_end);
+    }
+
+    /// The releaser's runtime is gone: it goes on where somebody still holds something.
+    fn move_on(&self, engine: &Arc<Engine<B>>, from: tokio::runtime::Id) {
+        engine.keeper.found_dead(from);
+        for holding in engine.keeper.live() {
+            if self.worker.is_running() {
+                return;
+            }
+            if !engine.keeper.is_dead(holding.runtime.id()) {
+                self.ensure_running(engine, &holding.runtime);
+            }
+        }
     }
 
     pub(super) fn stop(&self) {
@@ -131,14 +146,33 @@ impl<B: Backend> Releaser<B> {
 }
 
 /// Does one job to its end.
-async fn carry_out<B: Backend>(engine: Arc<Engine<B>>, job: Job<B>) {
-    let _running = OnDrop(Some({
-        let engine = engine.clone();
-        move || {
-            lock(&engine.releaser.queue).running -= 1;
-            engine.queues.notify_settled();
+fn carry_out<B: Backend>(engine: Arc<Engine<B>>, job: Job<B>) -> impl Future<Output = ()> + Send {
+    // Made here, not at the first poll: the runtime may drop the task before that.
+    let mut taken = Taken { engine, job: Some(job) };
+    async move {
+        let job = taken.job.take().expect("taken once");
+        let engine = taken.engine.clone();
+        do_job(engine, job).await;
+    }
+}
+
+/// A job that the worker has taken. Dropped before its first poll, it goes back into the queue.
+struct Taken<B: Backend> {
+    engine: Arc<Engine<B>>,
+    job: Option<Job<B>>,
+}
+
+impl<B: Backend> Drop for Taken<B> {
+    fn drop(&mut self) {
+        if let Some(job) = self.job.take() {
+            self.engine.releaser.push(&self.engine, job);
         }
-    }));
+        lock(&self.engine.releaser.queue).running -= 1;
+        self.engine.queues.notify_settled();
+    }
+}
+
+async fn do_job<B: Backend>(engine: Arc<Engine<B>>, job: Job<B>) {
     match job {
         Job::Release(holding) => {
             if let Err(error) = engine.release(holding.clone(), None).await {
@@ -194,16 +228,22 @@ impl<B: Backend> Engine<B> {
     async fn release(self: &Arc<Self>, holding: Arc<Holding<B>>, limit: Option<Instant>) -> Result<Released> {
         let keep_for = holding.keep_for();
         if !keep_for.is_zero() && !self.capabilities.keeps_after_exit {
-            self.keeper.keep(&holding, Instant::now() + keep_for);
-            self.queues.keep(&holding);
+            let until = Instant::now() + keep_for;
+            self.keeper.mark_kept(&holding, until);
+            self.queues.keep(&holding); // before the keeper can free it again
+            self.keeper.keep(&holding);
             return Ok(Released::Yes);
         }
         self.keeper.remove(&holding);
-        if keep_for.is_zero() && holding.tenure.state() == State::Released && self.hand_over(&holding).await {
-            return Ok(Released::Yes);
+        if keep_for.is_zero() && holding.tenure.state() == State::Released {
+            match self.hand_over(&holding).await {
+                HandOver::Done => return Ok(Released::Yes),
+                HandOver::Not => {}
+                HandOver::Unknown(claim) => return self.take_back(holding, claim, limit).await,
+            }
         }
         let under_way = UnderWay::new(self, Job::Release(holding.clone()));
-        let released = self.release_on_server(&holding, keep_for, limit).await;
+        let released = self.release_on_server(&holding, limit, false).await;
         if limit.is_some() && released.as_ref().is_err_and(Error::is_retryable) && !holding.is_past_ttl() {
             return released; // the rest in the background
         }
@@ -212,26 +252,42 @@ impl<B: Backend> Engine<B> {
         released
     }
 
-    /// Hands a holding over to the next local waiter in one step. False: it still stands, and has to be released.
-    async fn hand_over(self: &Arc<Self>, holding: &Arc<Holding<B>>) -> bool {
-        let Some((ttl, mode)) = self.queues.transfer_candidate(&holding.name) else { return false };
-        let Ok(claim) = Claim::new(holding.name.clone(), mode, ttl) else { return false };
+    /// After a transfer whose outcome nobody knows: the release counts, the rest is done in the background.
+    async fn take_back(
+        self: &Arc<Self>,
+        holding: Arc<Holding<B>>,
+        claim: Claim,
+        limit: Option<Instant>,
+    ) -> Result<Released> {
+        let mut under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
+        let released = self.release_on_server(&holding, limit, true).await;
+        if released.is_ok() || holding.is_past_ttl() {
+            under_way.job = Some(Job::Abandon(claim));
+        }
+        released // dropping the job queues it
+    }
+
+    /// Hands a holding over to the next local waiter in one step.
+    async fn hand_over(self: &Arc<Self>, holding: &Arc<Holding<B>>) -> HandOver {
+        let Some((ttl, mode)) = self.queues.transfer_candidate(&holding.name) else { return HandOver::Not };
+        let Ok(claim) = Claim::new(holding.name.clone(), mode, ttl) else { return HandOver::Not };
         let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
         let claimed_at = Instant::now();
-        match self.backend.transfer(&holding.hold, &claim).await {
+        let patience = holding.terms.ttl / PATIENCE;
+        match answered(patience, self.backend.transfer(&holding.hold, &claim)).await {
             Ok(Some(grant)) => {
                 under_way.done();
                 self.deliver(&claim, claimed_at, grant);
-                true
+                HandOver::Done
             }
             Ok(None) => {
                 under_way.done();
-                false
+                HandOver::Not
             }
             Err(error) => {
                 tracing::debug!(%error, "a transfer failed: both sides of it are being released");
-                drop(under_way);
-                true
+                under_way.done();
+                HandOver::Unknown(claim)
             }
         }
     }
@@ -240,21 +296,23 @@ impl<B: Backend> Engine<B> {
     async fn release_on_server(
         &self,
         holding: &Holding<B>,
-        keep_for: Duration,
         limit: Option<Instant>,
+        mut ambiguous: bool,
     ) -> Result<Released> {
+        let began = Instant::now();
         let mut backoff = Backoff::between_retries();
         let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
-        let mut ambiguous = false;
         loop {
             let patience = limit.remaining().min(holding.terms.ttl / PATIENCE);
-            let answer = tokio::time::timeout(patience, self.backend.release(&holding.hold, keep_for)).await;
-            let error = match answer {
-                Ok(Ok(Released::NotHeld)) if ambiguous => return Ok(Released::Yes),
-                Ok(Ok(released)) => return Ok(released),
-                Ok(Err(error)) => error,
-                Err(_) => Error::new(ErrorKind::Unknown, "the release has not been answered"),
+            let keep_for = holding.keep_for(); // less of it is left each time
+            let error = match answered(patience, self.backend.release(&holding.hold, keep_for)).await {
+                Ok(Released::NotHeld) if ambiguous => return Ok(Released::Yes),
+                Ok(released) => return Ok(released),
+                Err(error) => error,
             };
+            if error.is_retryable() {
+                self.queues.fail(&holding.name, began, &error); // those who wait behind it
+            }
             ambiguous |= error.kind() == ErrorKind::Unknown;
             let delay = backoff.next();
             if !error.is_retryable() || (Instant::now() + delay) >= limit {
@@ -267,7 +325,7 @@ impl<B: Backend> Engine<B> {
     /// Clears up after a transfer whose outcome nobody knows.
     async fn split(self: &Arc<Self>, holding: Arc<Holding<B>>, claim: Claim) {
         let under_way = UnderWay::new(self, Job::Split(holding.clone(), claim.clone()));
-        if let Err(error) = self.release_on_server(&holding, Duration::ZERO, None).await {
+        if let Err(error) = self.release_on_server(&holding, None, true).await {
             tracing::warn!(lock.name = %holding.display_name().quoted(), %error, "release after a failed transfer failed");
         }
         under_way.done();
@@ -278,14 +336,17 @@ impl<B: Backend> Engine<B> {
     async fn abandon(self: &Arc<Self>, claim: Claim) {
         let under_way = UnderWay::new(self, Job::Abandon(claim.clone()));
         let mut backoff = Backoff::between_retries();
-        let limit = Instant::now() + claim.ttl;
+        let began = Instant::now();
+        let limit = began + claim.ttl;
         loop {
             let patience = limit.remaining().min(claim.ttl / PATIENCE);
-            let error = match tokio::time::timeout(patience, self.backend.abandon(&claim)).await {
-                Ok(Ok(())) => break,
-                Ok(Err(error)) => error,
-                Err(_) => Error::new(ErrorKind::Unknown, "it has not been answered"),
+            let error = match answered(patience, self.backend.abandon(&claim)).await {
+                Ok(()) => break,
+                Err(error) => error,
             };
+            if error.is_retryable() {
+                self.queues.fail(&claim.name, began, &error);
+            }
             let delay = backoff.next();
             if (Instant::now() + delay) >= limit {
                 tracing::warn!(
@@ -314,8 +375,15 @@ impl<B: Backend> Engine<B> {
 
     /// Serves the next waiter if that is what a change of the slot asks for.
     pub(super) fn serve(self: &Arc<Self>, next: Next, name: &LockName) {
-        if let Next::Drive(runtime) = next {
-            runtime.spawn(super::driver::drive(self.clone(), name.clone()));
+        if let Next::Drive(runtime, stop) = next {
+            runtime.spawn(super::driver::drive(self.clone(), name.clone(), stop));
         }
     }
+}
+
+enum HandOver {
+    Done,
+    /// It still stands, and has to be released.
+    Not,
+    Unknown(Claim),
 }

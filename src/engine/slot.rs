@@ -115,7 +115,7 @@ pub(super) enum Next {
     Nothing,
     /// Spawn the driver there, where the first waiter lives: that runtime is being polled. The slot says `Driving`
     /// already.
-    Drive(Handle),
+    Drive(Handle, Arc<Notify>),
 }
 
 impl<B: Backend> Slot<B> {
@@ -153,9 +153,15 @@ impl<B: Backend> Slot<B> {
         let Some(first) = self.waiters.front() else { return Next::Nothing };
         let runtime = first.runtime.clone();
         self.activity = Activity::Driving;
-        self.stop = Some(Arc::new(Notify::new()));
+        let stop = Arc::new(Notify::new());
+        self.stop = Some(stop.clone());
         self.notify();
-        Next::Drive(runtime)
+        Next::Drive(runtime, stop)
+    }
+
+    /// Whether the driver that was given this `stop` is the one that serves the slot now.
+    pub(super) fn is_driven_by(&self, stop: &Arc<Notify>) -> bool {
+        self.stop.as_ref().is_some_and(|current| Arc::ptr_eq(current, stop))
     }
 
     pub(super) fn is_empty(&self) -> bool {

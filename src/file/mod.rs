@@ -196,7 +196,7 @@ impl Backend for FileLocks {
     async fn try_claim(&self, claim: &Claim, wait: Duration) -> Result<Outcome<FileHold>> {
         let path: Arc<Path> = self.path(&claim.name).into();
         let give_up_at = Instant::now() + wait;
-        let (mut opened, mut watch) = (None, None);
+        let (mut opened, mut watch, mut watched) = (None, None, None);
         let mut rechecks = RECHECKS.iter();
         loop {
             let closed = watch.as_ref().map(|watch: &Watch| watch.closed.clone().notified_owned());
@@ -213,9 +213,11 @@ impl Backend for FileLocks {
             if give_up_at.has_passed() {
                 return Ok(Outcome::Busy { retry_after: remaining });
             }
+            let identity = file.identity;
             opened = Some(file);
-            if watch.is_none() {
+            if watch.is_none() || watched != Some(identity) {
                 watch = Watch::new(&path);
+                watched = Some(identity);
                 if watch.is_some() {
                     continue; // it may have been closed before it was watched
                 }

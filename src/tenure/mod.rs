@@ -35,6 +35,8 @@ pub(crate) trait LossListener: Send + Sync {
 /// One grant's life.
 pub(crate) struct Tenure {
     lifecycle: Lifecycle,
+    /// When `max_hold` is over.
+    limit: Instant,
     session: Option<Session>,
     ended: Arc<Notify>,
     listener: Weak<dyn LossListener>,
@@ -44,10 +46,12 @@ impl Tenure {
     /// A tenure that stands until `deadline`, which may be [`Instant::NEVER`], and as long as its session.
     pub(crate) fn new(
         deadline: Instant,
+        limit: Instant,
         session: Option<Session>,
         listener: Weak<dyn LossListener>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            limit,
             lifecycle: Lifecycle::new(deadline.to_nanos()),
             session,
             ended: Arc::new(Notify::new()),
@@ -75,6 +79,9 @@ impl Tenure {
     /// Its state now, by the clock.
     pub(crate) fn state(&self) -> State {
         let now = Instant::now();
+        if self.limit.has_passed_at(now) && self.limit < self.deadline() {
+            self.lose(Loss::MaxHold);
+        }
         if self.session.as_ref().is_some_and(|session| session.deadline().has_passed_at(now)) {
             self.lose(Loss::Expired);
         }
@@ -136,6 +143,7 @@ pin_project! {
 pin_project! {
     struct Timer {
         at: Instant,
+        runtime: tokio::runtime::Id,
         #[pin]
         sleep: Sleep,
     }
@@ -160,13 +168,17 @@ impl Future for Watch {
             if this.ended.as_mut().poll(cx).is_ready() {
                 continue; // it ended after the look at its state
             }
-            let deadline = this.tenure.deadline();
-            if deadline == Instant::NEVER || Handle::try_current().is_err() {
+            let deadline = this.tenure.deadline().min(this.tenure.limit);
+            let Ok(runtime) = Handle::try_current() else { return Poll::Pending };
+            if deadline == Instant::NEVER {
                 return Poll::Pending;
             }
-            if this.timer.as_mut().as_pin_mut().is_none_or(|timer| *timer.project().at != deadline) {
+            // A timer dies with its runtime.
+            let runtime = runtime.id();
+            let fits = |timer: Pin<&mut Timer>| timer.at == deadline && timer.runtime == runtime;
+            if !this.timer.as_mut().as_pin_mut().is_some_and(fits) {
                 let sleep = tokio::time::sleep(deadline.remaining());
-                this.timer.set(Some(Timer { at: deadline, sleep }));
+                this.timer.set(Some(Timer { at: deadline, runtime, sleep }));
             }
             let timer = this.timer.as_mut().as_pin_mut().expect("set above").project();
             if timer.sleep.poll(cx).is_pending() {

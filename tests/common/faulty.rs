@@ -27,6 +27,8 @@ pub(crate) enum Fault {
     NeverAnswer,
     /// Nothing is done, and the answer never comes.
     Hang,
+    /// The request takes so long to arrive: dropped before, nothing is done.
+    Slow(Duration),
     /// It is done, and answered so much later.
     AnswerLate(Duration),
     Panic,
@@ -132,6 +134,10 @@ impl Faulty {
                 let answer = operation.await;
                 tokio::time::sleep(by).await;
                 answer
+            }
+            Some(Fault::Slow(by)) => {
+                tokio::time::sleep(by).await;
+                operation.await
             }
             Some(Fault::Panic) => panic!("the backend panicked, as it was told to"),
         }
