@@ -45,7 +45,8 @@ pub struct Capabilities {
     pub shared: bool,
     /// Whether it has permits (a semaphore).
     pub permits: bool,
-    /// Whether [`hold_at_least`](crate::LockOptions::hold_at_least) outlives the process that asked for it.
+    /// Whether the backend itself sees to [`hold_at_least`](crate::LockOptions::hold_at_least), so that it outlives the
+    /// provider and the process that asked for it (of `memory` nothing outlives the process). If not, the process does.
     pub keeps_after_exit: bool,
     /// Whether a release wakes the next waiter, in whatever process. If not, waiters poll.
     pub wakes_waiters: bool,

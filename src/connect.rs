@@ -40,9 +40,9 @@ const NOT_YET: [(&str, &str); 6] = [
 /// | `max_hold=10m` | [`LockOptions::max_hold`] |
 /// | `hold_at_least=5s` | [`LockOptions::hold_at_least`] |
 /// | `retry_for=10s` | [`LockOptions::retry_for`] |
-/// | `prefix=app` | [`ProviderBuilder::prefix`](crate::ProviderBuilder::prefix) |
+/// | `prefix=app` | [`ProviderBuilder::prefix`](crate::ProviderBuilder::prefix): letters, digits, `-`, `_` and `.` |
 ///
-/// A duration needs a unit: `500ms`, `30s`, `5m`, `1h 30m`.
+/// A duration needs a unit: `500ms`, `30s`, `5m` (minutes), `1h 30m`.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> fencelock::Result<()> {
@@ -60,7 +60,8 @@ const NOT_YET: [(&str, &str); 6] = [
 ///
 /// Dropping the future leaves nothing behind, but perhaps the directory of `file:`.
 pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
-    let result = match url.split_once(':') {
+    let parts = url.split_once(':').map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
+    let result = match parts.as_ref().map(|(scheme, rest)| (&**scheme, *rest)) {
         Some(("memory", rest)) => connect_memory(rest),
         Some(("file", rest)) => connect_file(rest).await,
         Some((scheme, _)) => Err(unknown(scheme)),
@@ -74,6 +75,7 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
 
 fn connect_memory(rest: &str) -> Result<Box<dyn LockProvider>> {
     let (name, common) = Common::take(rest)?;
+    let name = name.strip_prefix("//").unwrap_or(name);
     Ok(Box::new(common.build(Memory::named(name))?))
 }
 
@@ -196,8 +198,27 @@ mod tests {
         let acquire = async |url| connect(url).await.unwrap().create_lock("x").try_acquire().await.unwrap();
         let held = acquire("memory:the-same").await.expect("free");
         assert!(acquire("memory:the-same?ttl=5s").await.is_none());
+        assert!(acquire("MEMORY://the-same").await.is_none());
         assert!(acquire("memory:another").await.is_some());
         drop(held);
+    }
+
+    /// A job that connects anew for each run must not find a lock free that `hold_at_least` still holds.
+    #[tokio::test(start_paused = true)]
+    async fn a_memory_url_outlives_its_providers_while_a_lock_is_held() {
+        let run = async || {
+            let provider = connect("memory:outlives?hold_at_least=60s").await.unwrap();
+            let guard = provider.create_lock("x").try_acquire().await.unwrap();
+            let ran = guard.is_some();
+            drop(guard);
+            provider.close().await.unwrap();
+            ran
+        };
+        assert!(run().await);
+        tokio::time::sleep(Duration::from_secs(59)).await;
+        assert!(!run().await);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(run().await);
     }
 
     #[tokio::test]

@@ -17,7 +17,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// A URL, an option or a name that can't be: found before any I/O, and wrong until it is changed.
+    /// A URL or an option that can't be, found before any I/O; something else where a lock file or its directory should
+    /// be; or a call from outside a tokio runtime. Wrong until it is changed.
     Config,
     /// The server or the file system refuses this user: wrong password, missing right, read-only.
     Denied,
@@ -26,7 +27,8 @@ pub enum ErrorKind {
     /// The outcome can't be known: the request may have been carried out and its answer lost. The possible
     /// grant has been handed to the provider to be taken back, so nothing stays locked.
     Unknown,
-    /// The lock had been lost already; [`Error::loss`] says why.
+    /// The lock had been lost already; [`Error::loss`] says why. Without a reason: the guard had been released while a
+    /// job was running under it.
     Lost,
     /// The backend can't do what was asked.
     Unsupported,
@@ -130,13 +132,13 @@ impl Error {
         self.0.lock.as_ref().map(LockName::as_str)
     }
 
-    /// The backend concerned, as its URL scheme spells it, if it was one.
+    /// The backend concerned, as its URL scheme spells it, or `url` while a URL is being made sense of.
     #[must_use]
     pub fn backend(&self) -> Option<&'static str> {
         self.0.backend
     }
 
-    /// What was being done: `acquire`, `renew`, `release`, `close`, `connect`.
+    /// What was being done: `acquire`, `run`, `renew`, `release`, `close`, `connect`.
     #[must_use]
     pub fn operation(&self) -> Option<&'static str> {
         self.0.operation

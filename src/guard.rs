@@ -22,7 +22,7 @@ pub enum Loss {
     #[error("its ttl ran out")]
     Expired,
     /// The server says that it is not ours any more: taken over, deleted, broken by an administrator.
-    #[error("it was taken away on the server")]
+    #[error("it was taken away, broken or deleted")]
     Taken,
     /// The connection that held it has ended.
     #[error("the session that held it has ended")]
@@ -57,6 +57,7 @@ pub(crate) trait Held: Send + Sync {
 /// | `let _guard = lock.acquire().await?;` | the same | |
 /// | `let _ = lock.acquire().await?;` | **nothing**: dropped at once | nothing, or `let_underscore_drop` if you turn it on |
 /// | `lock.acquire().await?;` | **nothing** | `unused_must_use` |
+/// | `lock.try_acquire().await?;` | **nothing** | nothing: an `Option` may be ignored |
 /// | `if lock.try_acquire().await?.is_some() { … }` | **nothing**: dropped before the block | nothing |
 /// | `let Some(_) = lock.try_acquire().await? else { … };` | **nothing** after that line | nothing |
 /// | `let Some(guard) = lock.try_acquire().await? else { … };` | until `guard` goes out of scope | |
@@ -64,8 +65,9 @@ pub(crate) trait Held: Send + Sync {
 /// `#![warn(let_underscore_drop)]` at the top of your crate catches the third row.
 ///
 /// The grant is renewed in the background (unless [`auto_renew`](crate::LockOptions::auto_renew) is off) by a task on
-/// the runtime on which the provider was first used. A runtime that is alive but isn't being polled can neither renew nor release:
-/// then the TTL frees the lock.
+/// the runtime on which the provider was first used, and on another one that holds locks when that ends. A runtime that
+/// is alive but isn't polled renews nothing, for whatever runtime: then the TTL decides, and the guard says so. A guard
+/// that is leaked with [`std::mem::forget`] is renewed as long as the process lives.
 #[must_use = "the lock is released as soon as its guard is dropped: keep it in a named variable"]
 pub struct LockGuard {
     held: Arc<dyn Held>,

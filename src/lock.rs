@@ -58,7 +58,8 @@ pub trait LockProvider: Debug + Send + Sync {
     ///
     /// # Errors
     ///
-    /// What the backend says when it is closed, if anything.
+    /// What the backend says when it is closed, if anything; [`Config`](crate::ErrorKind::Config) outside a tokio runtime,
+    /// where nothing can be waited for: it is closed all the same.
     ///
     /// # Cancel safety
     ///
@@ -80,14 +81,20 @@ pub trait DistributedLock: Debug + Send + Sync {
     /// # Errors
     ///
     /// [`Config`](crate::ErrorKind::Config) for options that can't be or without a tokio runtime,
-    /// [`Denied`](crate::ErrorKind::Denied), [`Unavailable`](crate::ErrorKind::Unavailable) or
+    /// [`Denied`](crate::ErrorKind::Denied), [`Exhausted`](crate::ErrorKind::Exhausted),
+    /// [`Unsupported`](crate::ErrorKind::Unsupported), [`Unavailable`](crate::ErrorKind::Unavailable) or
     /// [`Unknown`](crate::ErrorKind::Unknown) when an outage lasts longer than
     /// [`retry_for`](LockOptions::retry_for), [`Closed`](crate::ErrorKind::Closed).
     ///
     /// # Cancel safety
     ///
     /// Dropping the future gives up the place in the queue. Whatever was granted in that moment is released in the
-    /// background, or goes to the next waiter.
+    /// background, or goes to the next waiter. A future that is neither dropped nor polled any more keeps its place, and
+    /// holds up those of its process who come after it.
+    ///
+    /// # Panics
+    ///
+    /// On a tokio runtime that was built without its timer (`enable_time`), as all of tokio's time functions do.
     async fn acquire(&self) -> Result<LockGuard>;
 
     /// One attempt: `None` if somebody has the lock, or is before us.

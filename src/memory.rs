@@ -2,7 +2,7 @@
 //! also the reference of what a backend does.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
@@ -75,18 +75,14 @@ impl Memory {
         Self::default()
     }
 
-    /// The store of this name in this process, as long as anybody has it: that of the URL `memory:NAME`.
+    /// The store of this name in this process: that of the URL `memory:NAME`. It lasts as long as anybody has it, or a
+    /// lock in it is held, if only for [`hold_at_least`](crate::LockOptions::hold_at_least).
     #[must_use]
     pub fn named(name: &str) -> Self {
-        static STORES: LazyLock<Mutex<HashMap<String, Weak<Mutex<Store>>>>> = LazyLock::new(Mutex::default);
+        static STORES: LazyLock<Mutex<HashMap<String, Memory>>> = LazyLock::new(Mutex::default);
         let mut stores = STORES.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(store) = stores.get(name).and_then(Weak::upgrade) {
-            return Self { store };
-        }
-        let new = Self::new();
-        stores.retain(|_, store| store.strong_count() > 0);
-        stores.insert(name.to_owned(), Arc::downgrade(&new.store));
-        new
+        stores.retain(|_, memory| Arc::strong_count(&memory.store) > 1 || memory.lock().holds_any());
+        stores.entry(name.to_owned()).or_default().clone()
     }
 
     /// Takes the lock away from whoever holds it, as an administrator would. The holder notices at its next renewal
@@ -157,6 +153,10 @@ impl Entry {
 }
 
 impl Store {
+    fn holds_any(&self) -> bool {
+        self.locks.values().any(|entry| entry.live_holder().is_some())
+    }
+
     fn grant(&mut self, name: &LockName, owner: OwnerId, ttl: Duration) -> Result<(FencingToken, Instant)> {
         let token = FencingToken::after(self.last_token, SystemTime::now())?;
         self.last_token = token.get();
@@ -198,6 +198,7 @@ impl Backend for Memory {
 
     fn capabilities(&self) -> Capabilities {
         Capabilities::new(Duration::from_millis(1), Duration::from_secs(365 * 86_400), Expiry::Ttl)
+            .keeps_after_exit(true)
             .wakes_waiters(true)
             .fairness(Fairness::Fifo)
     }
@@ -255,11 +256,15 @@ impl Backend for Memory {
         due.iter().map(&mut renew).collect()
     }
 
-    async fn release(&self, hold: &MemoryHold, _keep_for: Duration) -> Result<Released> {
+    async fn release(&self, hold: &MemoryHold, keep_for: Duration) -> Result<Released> {
         let mut store = self.lock();
-        match store.locks.get(&hold.name) {
+        match store.locks.get_mut(&hold.name) {
             Some(entry) if entry.is_held_by(hold.owner) => {
-                store.vacate(&hold.name);
+                if keep_for.is_zero() {
+                    store.vacate(&hold.name);
+                } else {
+                    entry.holder = Some(Holder { owner: hold.owner, until: Instant::now() + keep_for });
+                }
                 Ok(Released::Yes)
             }
             _ => Ok(Released::NotHeld),

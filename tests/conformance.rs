@@ -39,7 +39,7 @@ impl Target for InMemory {
     }
 
     fn capabilities(&self) -> Capabilities {
-        Memory::new().capabilities()
+        (self.connect)(Memory::new(), LockOptions::new()).capabilities()
     }
 
     fn takes_away(&self) -> bool {
@@ -93,7 +93,7 @@ impl Backend for Remote {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.0.capabilities()
+        self.0.capabilities().keeps_after_exit(false) // so that the engine keeps what `memory` would keep itself
     }
 
     async fn try_claim(&self, claim: &Claim, wait: Duration) -> Result<Outcome<MemoryHold>> {

@@ -48,22 +48,29 @@ proptest! {
 
     #[test]
     fn distinct_names_have_distinct_files_within_the_directory(a in tricky(), b in tricky()) {
-        let locks = FileLocks::new("dir");
+        let locks = FileLocks::new("/dir");
         let (file_a, file_b) = (locks.lock_file(&a), locks.lock_file(&b));
         let lower = |path: &std::path::Path| path.to_string_lossy().to_lowercase();
         prop_assert_eq!(a == b, lower(&file_a) == lower(&file_b));
-        prop_assert_eq!(file_a.parent(), Some("dir".as_ref()));
+        prop_assert_eq!(file_a.parent(), Some("/dir".as_ref()));
         prop_assert!(file_a.file_name().is_some_and(|name| name.len() <= 255));
     }
 }
 
 #[test]
 fn device_names_are_not_file_names() {
-    let locks = FileLocks::new("dir");
+    let locks = FileLocks::new("/dir");
     let stems: HashSet<_> = ["con", "con.x", "nul", "aux", "prn", "com1", "lpt9", "com10", "console"]
         .into_iter()
         .map(|name| locks.lock_file(name).file_name().expect("a file").to_string_lossy().into_owned())
         .collect();
     assert!(stems.contains("com10.lock") && stems.contains("console.lock"));
     assert_eq!(stems.iter().filter(|stem| stem.starts_with('%')).count(), 7, "{stems:?}");
+}
+
+/// A service that changes its directory later must not get other locks by that.
+#[test]
+fn a_relative_directory_is_that_of_the_moment() {
+    let file = FileLocks::new("some/dir").lock_file("x");
+    assert_eq!(file, std::env::current_dir().expect("a directory").join("some/dir/x.lock"));
 }

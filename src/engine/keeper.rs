@@ -111,20 +111,21 @@ impl<B: Backend> Keeper<B> {
         lock(&self.schedule).holdings.values().any(|holding| lock(&holding.timing).keep_until.is_some())
     }
 
-    /// Renews a released grant until `until`, and only then frees it.
-    pub(super) fn mark_kept(&self, holding: &Arc<Holding<B>>, until: Instant) {
+    /// Notes that a released grant is kept until then. From here on it doesn't count as overdue.
+    pub(super) fn mark_kept(holding: &Holding<B>, until: Instant) {
         let deadline = holding.tenure.deadline();
         let mut timing = lock(&holding.timing);
         timing.keep_until = Some(until);
         timing.stands_until = deadline;
     }
 
-    /// Comes after `mark_kept`.
+    /// Renews a released grant until the time that [`mark_kept`](Self::mark_kept) noted, and only then frees it.
     pub(super) fn keep(&self, holding: &Arc<Holding<B>>) {
         self.remove(holding);
         self.add(holding);
     }
 
+    /// Notes that a worker's runtime has ended.
     pub(super) fn found_dead(&self, runtime: runtime::Id) {
         lock(&self.dead).push(runtime);
     }

@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 
 use super::backoff::Backoff;
 use super::holding::Holding;
+use super::keeper::Keeper;
 use super::request::answered;
 use super::slot::Next;
 use super::worker::Worker;
@@ -229,7 +230,7 @@ impl<B: Backend> Engine<B> {
         let keep_for = holding.keep_for();
         if !keep_for.is_zero() && !self.capabilities.keeps_after_exit {
             let until = Instant::now() + keep_for;
-            self.keeper.mark_kept(&holding, until);
+            Keeper::mark_kept(&holding, until);
             self.queues.keep(&holding); // before the keeper can free it again
             self.keeper.keep(&holding);
             return Ok(Released::Yes);

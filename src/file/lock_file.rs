@@ -124,6 +124,11 @@ impl Locked {
 }
 
 pub(super) fn failed(what: &str, error: io::Error) -> Error {
+    if is_out_of_descriptors(&error) {
+        let message =
+            format!("can't {what}: each lock that is held or waited for takes a file descriptor (ulimit -n)");
+        return Error::new(ErrorKind::Exhausted, message).with_source(error);
+    }
     let kind = match error.kind() {
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => ErrorKind::Denied,
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
@@ -138,4 +143,15 @@ pub(super) fn failed(what: &str, error: io::Error) -> Error {
         _ => ErrorKind::Unavailable,
     };
     Error::new(kind, format!("can't {what}")).with_source(error)
+}
+
+#[cfg(unix)]
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    matches!(Errno::from_io_error(error), Some(Errno::MFILE | Errno::NFILE))
+}
+
+#[cfg(not(unix))]
+fn is_out_of_descriptors(_error: &io::Error) -> bool {
+    false
 }

@@ -61,9 +61,13 @@ pub struct FileHold {
 }
 
 impl FileLocks {
-    /// Locks in `dir`. No I/O: the directory is created when it is needed.
+    /// Locks in `dir`, from the current directory of this moment if it is relative. No I/O: the directory is created
+    /// when it is needed.
     pub fn new(dir: impl Into<PathBuf>) -> Self {
-        Self { dir: dir.into().into(), in_flight: InFlight::default() }
+        let dir = dir.into();
+        // A service that changes its directory later must not get other locks by that.
+        let dir = std::path::absolute(&dir).unwrap_or(dir);
+        Self { dir: dir.into(), in_flight: InFlight::default() }
     }
 
     /// Locks in `dir`, which is created now if it is missing.

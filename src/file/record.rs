@@ -65,8 +65,12 @@ impl Record {
         file.seek(SeekFrom::Start(0))?;
         let mut content = Vec::with_capacity(LEN + 1);
         file.take(LEN as u64 + 1).read_to_end(&mut content)?;
-        Self::parse(&content)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "this is not a lock file of fencelock"))
+        Self::parse(&content).ok_or_else(|| {
+            io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it is damaged, or no lock file of fencelock: remove it while no process uses the directory",
+            )
+        })
     }
 
     /// Writes it and has it reach the disk.

@@ -156,7 +156,7 @@ impl Backend for Faulty {
     }
 
     fn capabilities(&self) -> Capabilities {
-        self.memory.capabilities()
+        self.memory.capabilities().keeps_after_exit(false) // so that the engine has to see to it
     }
 
     async fn try_claim(&self, claim: &Claim, wait: Duration) -> Result<Outcome<MemoryHold>> {

@@ -98,6 +98,15 @@ pub async fn releasing_what_was_taken_spares_the_new_holder(subject: Subject) {
     still_holds(&subject, next).await;
 }
 
+/// A release of what was taken away, before anything else has noticed, says so.
+pub async fn a_release_says_that_it_was_taken(subject: Subject) {
+    let provider = subject.provider().await;
+    let guard = ok("the grant", provider.create_lock("job").acquire()).await;
+    let expected = subject.lose("job").await;
+    let error = within("the release", guard.release()).await.expect_err("it was taken away");
+    assert_eq!((error.kind(), error.loss()), (ErrorKind::Lost, Some(expected)));
+}
+
 async fn expired_and_taken_over(subject: &Subject) -> (LockGuard, LockGuard) {
     let (provider, other) = (subject.provider().await, subject.provider().await);
     let unrenewed = LockOptions::new().ttl(subject.short_ttl()).auto_renew(false);

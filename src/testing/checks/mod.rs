@@ -115,6 +115,7 @@ pub(super) const CHECKS: &[Check] = checks! {
         a_stale_release_spares_the_new_holder,
         a_stale_drop_spares_the_new_holder,
         releasing_what_was_taken_spares_the_new_holder [TakingAway],
+        a_release_says_that_it_was_taken [TakingAway],
     }
     Paused: running::{
         a_job_is_run_to_its_end,
