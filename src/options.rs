@@ -78,7 +78,7 @@ impl LockOptions {
     }
 
     /// How long an outage is ridden out by an acquire, inside the caller's own time limit, before it becomes an
-    /// error. Zero: the first failure is one. Default: 10 s.
+    /// error; and by a release, which then goes on in the background. Zero: the first failure is one. Default: 10 s.
     #[must_use]
     pub const fn retry_for(mut self, time: Duration) -> Self {
         self.retry_for = Some(time);

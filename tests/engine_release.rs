@@ -145,6 +145,19 @@ async fn close_waits_for_what_was_dropped() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn close_does_not_wait_for_a_backend_that_never_ends() {
+    let server = Faulty::default();
+    let provider = server.provider();
+    server.once(Op::Close, Fault::Hang);
+    let began = Instant::now();
+    assert_eq!(provider.close().await.unwrap_err().kind(), ErrorKind::Unknown);
+    assert!(began.elapsed() <= secs(11), "{:?}", began.elapsed());
+    provider.close().await.unwrap(); // what failed is tried again
+    provider.close().await.unwrap();
+    assert_eq!(server.count(Op::Close), 2);
+}
+
+#[tokio::test(start_paused = true)]
 async fn close_waits_no_longer_than_the_ttl() {
     let server = Faulty::default();
     let provider = server.provider();

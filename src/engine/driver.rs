@@ -77,8 +77,8 @@ struct Failed {
     abandoned: bool,
 }
 
-/// One claim, asked again until it is granted or nobody needs it. An error has been cleared up after; if it is of kind
-/// `Unknown`, by abandoning the claim in the background.
+/// One claim, asked again until it is granted or nobody needs it. An error has been cleared up after, if `failed` says so
+/// by abandoning the claim in the background.
 async fn claim_for_waiters<B: Backend>(
     engine: &Arc<Engine<B>>,
     attempt: Attempt<'_, B>,

@@ -31,9 +31,11 @@ pub use self::provider::{Provider, ProviderBuilder};
 use self::keeper::Keeper;
 use self::queue::Queues;
 use self::releaser::Releaser;
+use self::request::answered;
 use crate::backend::Backend;
 use crate::capabilities::{Capabilities, Expiry};
 use crate::error::{Error, ErrorKind, Result};
+use crate::options::LockOptions;
 
 pub(crate) struct Engine<B: Backend> {
     backend: B,
@@ -115,7 +117,8 @@ impl<B: Backend> Engine<B> {
                 "the provider was closed while this lock is held"
             );
         }
-        self.backend_closed.get_or_try_init(|| self.backend.close()).await.map(drop)
+        let patience = bound.max(LockOptions::DEFAULT_RETRY_FOR);
+        self.backend_closed.get_or_try_init(|| answered(patience, self.backend.close())).await.map(drop)
     }
 }
 

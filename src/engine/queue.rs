@@ -307,8 +307,8 @@ impl<B: Backend> Queues<B> {
         .unwrap_or(Head::Nobody)
     }
 
-    /// Whether the driver's claim has become pointless: nobody waits, or the first waiter needs another one. If nobody
-    /// waits, the slot is `Freeing` from this answer on.
+    /// Whether the driver's claim has become pointless: nobody waits, or the first waiter needs another one. Then the slot
+    /// is `Freeing` from this answer on.
     pub(crate) fn give_up(&self, claim: &Claim) -> bool {
         self.with(&claim.name, |slot| {
             let pointless = !slot.waiters.front().is_some_and(|first| first.fits(claim));

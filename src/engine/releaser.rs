@@ -80,7 +80,11 @@ impl<B: Backend> Releaser<B> {
         let on_end = move || {
             // Jobs that were running have put themselves back; somebody who still lives has to start a new worker.
             if let Some(engine) = ending.upgrade() {
-                let anchor = lock(&engine.releaser.queue).anchor.take();
+                let anchor = {
+                    let mut queue = lock(&engine.releaser.queue);
+                    // Unless there is a new worker by now, which needs it.
+                    if engine.releaser.worker.is_running() { None } else { queue.anchor.take() }
+                };
                 engine.queues.start_again();
                 engine.queues.notify_settled();
                 engine.releaser.move_on(&engine, id);

@@ -46,10 +46,9 @@ impl Session {
 
     /// Ends the session, once and for all: every guard on it is lost, for this reason.
     pub fn end(&self, loss: Loss) {
-        let members = {
+        let (loss, members) = {
             let mut inner = self.lock();
-            inner.ended.get_or_insert(loss);
-            std::mem::take(&mut inner.members)
+            (*inner.ended.get_or_insert(loss), std::mem::take(&mut inner.members))
         };
         for tenure in members.iter().filter_map(Weak::upgrade) {
             tenure.lose(loss);

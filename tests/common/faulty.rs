@@ -15,6 +15,7 @@ pub(crate) enum Op {
     Renew,
     Release,
     Transfer,
+    Close,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -188,6 +189,10 @@ impl Backend for Faulty {
 
     async fn release(&self, hold: &MemoryHold, keep_for: Duration) -> Result<Released> {
         self.meet(call(Op::Release), self.memory.release(hold, keep_for)).await
+    }
+
+    async fn close(&self) -> Result<()> {
+        self.meet(call(Op::Close), self.memory.close()).await
     }
 
     async fn transfer(&self, hold: &MemoryHold, to: &Claim) -> Result<Option<Grant<MemoryHold>>> {
