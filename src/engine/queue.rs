@@ -105,29 +105,13 @@ impl<B: Backend> Queues<B> {
         Some(result)
     }
 
-    /// Whether a try of this number may claim now.
+    /// Whether a try may claim now.
     pub(crate) fn begin_try(&self, name: &LockName) -> Begin<B> {
-        match self.shard(name).entry(name.clone()) {
-            Entry::Vacant(vacant) => {
-                vacant.insert(Slot::new(Activity::Claiming));
-                Begin::Claim
-            }
-            Entry::Occupied(mut occupied) => {
-                let slot = occupied.get_mut();
-                match (&slot.holder, slot.activity) {
-                    (Some(holder), _) if holder.is_overdue() => Begin::Expired(holder.clone()),
-                    (Some(_), Activity::Idle) => Begin::Busy,
-                    _ if !slot.waiters.is_empty() => Begin::Busy,
-                    (_, Activity::Claiming | Activity::Freeing | Activity::Driving) => {
-                        Begin::Watch(slot.watch())
-                    }
-                    (None, Activity::Idle) => {
-                        slot.activity = Activity::Claiming;
-                        Begin::Claim
-                    }
-                }
-            }
-        }
+        self.begin(name, |slot| match slot.activity {
+            _ if !slot.waiters.is_empty() => Begin::Busy,
+            Activity::Idle => Begin::Busy, // held
+            Activity::Claiming | Activity::Freeing | Activity::Driving => Begin::Watch(slot.watch()),
+        })
     }
 
     /// Claims if nothing is in the way, or queues what `waiter` makes.
@@ -136,6 +120,15 @@ impl<B: Backend> Queues<B> {
         name: &LockName,
         waiter: impl FnOnce(oneshot::Sender<Delivery>) -> Waiter,
     ) -> Begin<B> {
+        self.begin(name, |slot| {
+            let (deliver, receiver) = oneshot::channel();
+            slot.enqueue(waiter(deliver));
+            Begin::Queued(receiver)
+        })
+    }
+
+    /// Lets the caller claim if nothing is in the way; if something is, `otherwise` says what to do.
+    fn begin(&self, name: &LockName, otherwise: impl FnOnce(&mut Slot<B>) -> Begin<B>) -> Begin<B> {
         match self.shard(name).entry(name.clone()) {
             Entry::Vacant(vacant) => {
                 vacant.insert(Slot::new(Activity::Claiming));
@@ -144,16 +137,13 @@ impl<B: Backend> Queues<B> {
             Entry::Occupied(mut occupied) => {
                 let slot = occupied.get_mut();
                 match &slot.holder {
-                    Some(holder) if holder.is_overdue() => return Begin::Expired(holder.clone()),
+                    Some(holder) if holder.is_overdue() => Begin::Expired(holder.clone()),
                     None if slot.activity == Activity::Idle && slot.waiters.is_empty() => {
                         slot.activity = Activity::Claiming;
-                        return Begin::Claim;
+                        Begin::Claim
                     }
-                    _ => {}
+                    _ => otherwise(slot),
                 }
-                let (deliver, receiver) = oneshot::channel();
-                slot.enqueue(waiter(deliver));
-                Begin::Queued(receiver)
             }
         }
     }
