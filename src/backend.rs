@@ -182,8 +182,10 @@ pub trait Backend: Debug + Send + Sync + 'static {
     /// What identifies a grant to the server. Dropping it must not block.
     type Hold: Debug + Send + Sync + 'static;
 
-    /// What the backend is called in errors and traces: its URL scheme.
-    fn name(&self) -> &'static str;
+    /// What the backend is called in errors and traces: its URL scheme, if it has one. Default: `custom`.
+    fn name(&self) -> &'static str {
+        "custom"
+    }
 
     /// What the server provides.
     fn capabilities(&self) -> Capabilities;
