@@ -129,6 +129,26 @@ async fn waiters_notice_a_file_that_was_replaced() {
     assert!(next.fencing_token() > guard.fencing_token());
 }
 
+/// The old file gets free while somebody holds the new one: having locked the old one counts for nothing.
+#[tokio::test]
+async fn a_lock_on_a_file_that_was_replaced_is_no_grant() {
+    let dir = TempDir::new().unwrap();
+    let (here, there, third) = (provider(&dir), provider(&dir), provider(&dir));
+    let old = here.create_lock("x").acquire().await.unwrap();
+    let waiter = tokio::spawn(async move { there.create_lock("x").acquire().await });
+    tokio::time::sleep(ms(100)).await; // it waits, with the old file open
+    fs::remove_file(here.backend().lock_file("x")).unwrap();
+    let new = third.create_lock("x").try_acquire().await.unwrap().expect("a new file");
+    drop(old);
+    tokio::time::sleep(ms(100)).await;
+    assert!(!waiter.is_finished(), "two have it");
+    let token = new.fencing_token();
+    new.release().await.unwrap();
+    let next =
+        tokio::time::timeout(secs(10), waiter).await.expect("not stuck on the old file").unwrap().unwrap();
+    assert!(next.fencing_token() > token);
+}
+
 #[tokio::test]
 async fn something_else_in_place_of_the_lock_file_is_an_error_and_is_left_alone() {
     let dir = TempDir::new().unwrap();
