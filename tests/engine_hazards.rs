@@ -1,5 +1,5 @@
-//! Moments at which a job, a driver, a waiter or a lease was once lost: runtimes that end or stand still, panics, hangs, and
-//! answers that come late.
+//! Moments at which a job, a driver, a waiter or a lease could be lost: runtimes that end or stand still, panics, hangs, and
+//! answers that come late. Each of these was a bug once.
 
 mod common;
 
@@ -9,7 +9,21 @@ use common::faulty::{Fault, Faulty, Op};
 use common::{ms, runtime, secs};
 use fencelock::file::FileLocks;
 use fencelock::memory::Memory;
-use fencelock::{ErrorKind, LockOptions, LockProvider, Provider};
+use fencelock::{ErrorKind, LockGuard, LockOptions, LockProvider, Provider, Result};
+use tokio::task::JoinHandle;
+
+/// A task that waits for the lock `x`.
+fn waiter(provider: &Arc<Provider<Faulty>>, options: LockOptions) -> JoinHandle<Result<LockGuard>> {
+    let lock = provider.create_lock_with("x", options);
+    tokio::spawn(async move { lock.acquire().await })
+}
+
+/// The server refuses whatever it is asked from now on.
+fn go_down(server: &Faulty) {
+    for op in [Op::Claim, Op::Release, Op::Transfer, Op::Renew, Op::Abandon] {
+        server.always(op, Fault::Refuse(ErrorKind::Unavailable));
+    }
+}
 
 #[test]
 fn a_job_taken_but_not_yet_polled_survives_its_runtime() {
@@ -24,15 +38,13 @@ fn a_job_taken_but_not_yet_polled_survives_its_runtime() {
         drop(guards);
         tokio::task::yield_now().await;
     });
-    let stuck = runtime().block_on(async {
-        let mut stuck = 0;
+    runtime().block_on(async {
         for n in 0..200 {
             let lock = provider.create_lock(&name(n));
-            stuck += u32::from(tokio::time::timeout(ms(100), lock.acquire()).await.is_err());
+            let guard = tokio::time::timeout(secs(5), lock.acquire()).await;
+            assert!(guard.is_ok(), "{} is stuck after {} releases", lock.name(), server.count(Op::Release));
         }
-        stuck
     });
-    assert_eq!(stuck, 0, "names stuck for ever; {} releases", server.count(Op::Release));
 }
 
 #[test]
@@ -59,10 +71,7 @@ async fn a_transfer_that_is_not_answered_holds_up_nobody_for_ever() {
     let provider = Arc::new(server.provider());
     server.once(Op::Transfer, Fault::Hang);
     let guard = provider.create_lock("x").acquire().await.unwrap();
-    let waiter = tokio::spawn({
-        let provider = provider.clone();
-        async move { provider.create_lock("x").acquire().await }
-    });
+    let waiter = waiter(&provider, LockOptions::new());
     tokio::time::sleep(ms(10)).await;
     drop(guard);
     drop(tokio::time::timeout(secs(3600), waiter).await.expect("served within an hour").unwrap().unwrap());
@@ -74,10 +83,7 @@ async fn release_returns_although_the_transfer_is_not_answered() {
     let provider = Arc::new(server.provider());
     server.once(Op::Transfer, Fault::Hang);
     let guard = provider.create_lock("x").acquire().await.unwrap();
-    let waiter = tokio::spawn({
-        let provider = provider.clone();
-        async move { provider.create_lock("x").acquire().await }
-    });
+    let waiter = waiter(&provider, LockOptions::new());
     tokio::time::sleep(ms(10)).await;
     assert!(tokio::time::timeout(secs(3600), guard.release()).await.is_ok(), "release hangs");
     drop(waiter);
@@ -85,7 +91,6 @@ async fn release_returns_although_the_transfer_is_not_answered() {
 
 #[test]
 fn a_release_that_panics_is_not_tried_in_a_hot_loop() {
-    std::panic::set_hook(Box::new(|_| {}));
     let server = Faulty::default();
     let provider = server.provider();
     server.always(Op::Release, Fault::Panic);
@@ -94,7 +99,6 @@ fn a_release_that_panics_is_not_tried_in_a_hot_loop() {
         drop(provider.create_lock_with("x", options).acquire().await.unwrap());
         tokio::time::sleep(ms(600)).await;
     });
-    let _ = std::panic::take_hook();
     assert!(server.count(Op::Release) < 100, "{} releases", server.count(Op::Release));
 }
 
@@ -104,10 +108,7 @@ async fn a_claim_that_was_queued_on_the_server_is_abandoned_when_a_later_try_of_
     let provider = Arc::new(server.provider());
     let other = server.provider();
     let guard = other.create_lock("x").acquire().await.unwrap();
-    let waiter = tokio::spawn({
-        let provider = provider.clone();
-        async move { provider.create_lock_with("x", LockOptions::new().retry_for(secs(60))).acquire().await }
-    });
+    let waiter = waiter(&provider, LockOptions::new().retry_for(secs(60)));
     tokio::time::sleep(secs(5)).await; // its driver waits on the server: it has queued there
     server.once(Op::Claim, Fault::Refuse(ErrorKind::Unavailable));
     tokio::time::sleep(secs(8)).await; // asked again after 10 s, refused, then under a new owner
@@ -124,10 +125,7 @@ async fn one_hiccup_after_a_long_wait_is_not_an_outage() {
     let provider = Arc::new(server.provider());
     let other = server.provider();
     let guard = other.create_lock("x").acquire().await.unwrap();
-    let waiter = tokio::spawn({
-        let provider = provider.clone();
-        async move { provider.create_lock("x").acquire().await }
-    });
+    let waiter = waiter(&provider, LockOptions::new());
     tokio::time::sleep(secs(5)).await; // its driver waits on the server: it has queued there
     server.once(Op::Claim, Fault::Refuse(ErrorKind::Unavailable));
     tokio::time::sleep(secs(8)).await; // asked again after 10 s, refused, then under a new owner
@@ -178,7 +176,7 @@ async fn a_try_after_the_last_waiter_has_left_does_not_say_busy() {
 }
 
 #[test]
-fn a_grant_that_comes_after_the_keeper_s_runtime_has_gone_is_renewed() {
+fn a_grant_that_comes_after_the_keepers_runtime_has_gone_is_renewed() {
     let server = Faulty::default();
     let provider = Arc::new(server.provider());
     let first = runtime();
@@ -201,7 +199,7 @@ fn a_grant_that_comes_after_the_keeper_s_runtime_has_gone_is_renewed() {
 }
 
 #[test]
-fn a_file_guard_dropped_after_the_releaser_s_runtime_has_gone_is_released() {
+fn a_file_guard_dropped_after_the_releasers_runtime_has_gone_is_released() {
     let dir = tempfile::tempdir().unwrap();
     let provider = Provider::new(FileLocks::new(dir.path()));
     let other = Provider::new(FileLocks::new(dir.path()));
@@ -245,9 +243,7 @@ async fn a_waiter_behind_a_failing_release_rides_out_retry_for_and_no_more() {
     let options = LockOptions::new().ttl(secs(3600)).retry_for(secs(10));
     let lock = provider.create_lock_with("x", options);
     let guard = lock.acquire().await.unwrap();
-    for op in [Op::Claim, Op::Release, Op::Transfer, Op::Renew, Op::Abandon] {
-        server.always(op, Fault::Refuse(ErrorKind::Unavailable));
-    }
+    go_down(&server);
     drop(guard);
     tokio::time::sleep(ms(1)).await;
     let answer = tokio::time::timeout(secs(60), lock.acquire()).await;
@@ -261,9 +257,7 @@ async fn a_timeout_behind_a_failing_release_is_no_plain_none() {
     let options = LockOptions::new().ttl(secs(3600)).retry_for(secs(10));
     let lock = provider.create_lock_with("x", options);
     let guard = lock.acquire().await.unwrap();
-    for op in [Op::Claim, Op::Release, Op::Transfer, Op::Renew, Op::Abandon] {
-        server.always(op, Fault::Refuse(ErrorKind::Unavailable));
-    }
+    go_down(&server);
     drop(guard);
     tokio::time::sleep(ms(1)).await;
     assert!(lock.try_acquire_for(secs(5)).await.is_err(), "None although the server is down");
@@ -274,10 +268,7 @@ async fn release_is_not_ok_when_nothing_was_confirmed() {
     let server = Faulty::default();
     let provider = Arc::new(server.provider());
     let guard = provider.create_lock("x").acquire().await.unwrap();
-    let waiter = tokio::spawn({
-        let provider = provider.clone();
-        async move { provider.create_lock("x").acquire().await }
-    });
+    let waiter = waiter(&provider, LockOptions::new());
     tokio::time::sleep(ms(10)).await;
     server.always(Op::Transfer, Fault::Refuse(ErrorKind::Unavailable));
     server.always(Op::Release, Fault::Refuse(ErrorKind::Unavailable));
@@ -328,7 +319,7 @@ fn close_does_what_a_runtime_that_stands_still_has_not_come_to() {
 }
 
 #[test]
-fn close_goes_on_when_the_releaser_s_runtime_ends_meanwhile() {
+fn close_goes_on_when_the_releasers_runtime_ends_meanwhile() {
     let server = Faulty::default();
     let provider = Arc::new(server.provider());
     let first = runtime();
@@ -395,12 +386,12 @@ async fn a_waiter_is_woken_also_after_the_file_was_replaced() {
     let began = std::time::Instant::now();
     second.release().await.unwrap();
     let (_guard, at) = waiter.await.unwrap().unwrap();
-    assert!(at - began < ms(30), "woken after {:?}", at - began);
+    // A poll would come 300 ms later.
+    assert!(at - began < ms(150), "woken after {:?}", at - began);
 }
 
 #[test]
 fn a_panicking_abandon_is_no_hot_loop() {
-    std::panic::set_hook(Box::new(|_| {}));
     let server = Faulty::default();
     let provider = server.provider();
     server.once(Op::Claim, Fault::LoseAnswer);
@@ -410,7 +401,6 @@ fn a_panicking_abandon_is_no_hot_loop() {
         let _ = provider.create_lock_with("x", options).try_acquire().await;
         tokio::time::sleep(ms(600)).await;
     });
-    let _ = std::panic::take_hook();
     assert!(server.count(Op::Abandon) < 100, "{} abandons", server.count(Op::Abandon));
 }
 
@@ -446,24 +436,18 @@ async fn who_lost_an_answer_keeps_its_place() {
 
 #[test]
 fn a_driver_that_always_panics_is_no_hot_loop() {
-    std::panic::set_hook(Box::new(|_| {}));
     let server = Faulty::default().polling();
     let provider = Arc::new(server.provider());
     let other = server.provider();
-    let failed = runtime().block_on(async {
+    let told = runtime().block_on(async {
         let guard = other.create_lock("x").acquire().await.unwrap();
-        let waiter = tokio::spawn({
-            let provider = provider.clone();
-            let options = LockOptions::new().retry_for(ms(300));
-            async move { provider.create_lock_with("x", options).acquire().await.is_err() }
-        });
+        let waiter = waiter(&provider, LockOptions::new().retry_for(ms(300)));
         tokio::time::sleep(ms(50)).await;
         server.always(Op::Claim, Fault::Panic);
         tokio::time::sleep(ms(900)).await;
         drop(guard);
         waiter.is_finished()
     });
-    let _ = failed;
-    let _ = std::panic::take_hook();
+    assert!(told, "the waiter has waited for three times its retry_for");
     assert!(server.count(Op::Claim) < 100, "{} claims", server.count(Op::Claim));
 }
