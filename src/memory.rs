@@ -2,13 +2,14 @@
 //! also the reference of what a backend does.
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::oneshot;
 
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, OwnerId, Released, Renewal};
 use crate::capabilities::{Capabilities, Expiry, Fairness};
+use crate::engine::lock;
 use crate::error::Result;
 use crate::fencing::FencingToken;
 use crate::guard::Loss;
@@ -80,7 +81,7 @@ impl Memory {
     #[must_use]
     pub fn named(name: &str) -> Self {
         static STORES: LazyLock<Mutex<HashMap<String, Memory>>> = LazyLock::new(Mutex::default);
-        let mut stores = STORES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stores = lock(&STORES);
         stores.retain(|_, memory| Arc::strong_count(&memory.store) > 1 || memory.lock().holds_any());
         stores.entry(name.to_owned()).or_default().clone()
     }
@@ -99,7 +100,7 @@ impl Memory {
     }
 
     fn lock(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.store)
     }
 
     /// One attempt; a claim that waits is queued when it is busy.

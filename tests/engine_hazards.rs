@@ -9,7 +9,7 @@ use common::faulty::{Fault, Faulty, Op};
 use common::{ms, runtime, secs};
 use fencelock::file::FileLocks;
 use fencelock::memory::Memory;
-use fencelock::{ErrorKind, LockGuard, LockOptions, LockProvider, Provider, Result};
+use fencelock::{DistributedLock, ErrorKind, LockGuard, LockOptions, LockProvider, Provider, Result};
 use tokio::task::JoinHandle;
 
 /// A task that waits for the lock `x`.
@@ -18,11 +18,18 @@ fn waiter(provider: &Arc<Provider<Faulty>>, options: LockOptions) -> JoinHandle<
     tokio::spawn(async move { lock.acquire().await })
 }
 
-/// The server refuses whatever it is asked from now on.
-fn go_down(server: &Faulty) {
+/// A lock whose guard was dropped, and whose server refuses whatever it is asked from then on.
+async fn dropped_while_the_server_is_down() -> Box<dyn DistributedLock> {
+    let server = Faulty::default();
+    let options = LockOptions::new().ttl(secs(3600)).retry_for(secs(10));
+    let lock = server.provider().create_lock_with("x", options);
+    let guard = lock.acquire().await.expect("free");
     for op in [Op::Claim, Op::Release, Op::Transfer, Op::Renew, Op::Abandon] {
         server.always(op, Fault::Refuse(ErrorKind::Unavailable));
     }
+    drop(guard);
+    tokio::time::sleep(ms(1)).await;
+    lock
 }
 
 #[test]
@@ -238,28 +245,14 @@ async fn memory_is_first_come_first_served_when_a_lease_runs_out() {
 
 #[tokio::test(start_paused = true)]
 async fn a_waiter_behind_a_failing_release_rides_out_retry_for_and_no_more() {
-    let server = Faulty::default();
-    let provider = Arc::new(server.provider());
-    let options = LockOptions::new().ttl(secs(3600)).retry_for(secs(10));
-    let lock = provider.create_lock_with("x", options);
-    let guard = lock.acquire().await.unwrap();
-    go_down(&server);
-    drop(guard);
-    tokio::time::sleep(ms(1)).await;
+    let lock = dropped_while_the_server_is_down().await;
     let answer = tokio::time::timeout(secs(60), lock.acquire()).await;
     assert_eq!(answer.expect("an answer within a minute").unwrap_err().kind(), ErrorKind::Unavailable);
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_timeout_behind_a_failing_release_is_no_plain_none() {
-    let server = Faulty::default();
-    let provider = Arc::new(server.provider());
-    let options = LockOptions::new().ttl(secs(3600)).retry_for(secs(10));
-    let lock = provider.create_lock_with("x", options);
-    let guard = lock.acquire().await.unwrap();
-    go_down(&server);
-    drop(guard);
-    tokio::time::sleep(ms(1)).await;
+    let lock = dropped_while_the_server_is_down().await;
     assert!(lock.try_acquire_for(secs(5)).await.is_err(), "None although the server is down");
 }
 

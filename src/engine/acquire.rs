@@ -184,11 +184,10 @@ impl<B: Backend> Engine<B> {
             }
             Ok(Err(error)) if error.kind() == ErrorKind::Unknown => {
                 if matches!(call.request.patience, Patience::Until(_)) && !call.gives_up_at().has_passed() {
-                    let (deliver, delivery) = oneshot::channel();
-                    let trouble = Trouble::new(claimed_at, &error);
-                    self.queues.wait_for_freeing(name, call.waiter(deliver), trouble);
+                    let (waiter, queued) = call.queue();
+                    self.queues.wait_for_freeing(name, waiter, Trouble::new(claimed_at, &error));
                     drop(attempt); // to be abandoned
-                    return Ok(Claimed::Queued(delivery));
+                    return Ok(queued);
                 }
                 drop(attempt); // to be abandoned
                 error
@@ -221,10 +220,7 @@ impl<B: Backend> Engine<B> {
     ) -> Option<Claimed> {
         let for_good = matches!(end, ClaimEnd::Failed) && trouble.is_none();
         let (waiter, queued) = match call.request.patience {
-            Patience::Until(_) if !for_good => {
-                let (deliver, delivery) = oneshot::channel();
-                (Some(call.waiter(deliver)), Some(Claimed::Queued(delivery)))
-            }
+            Patience::Until(_) if !for_good => Some(call.queue()).unzip(),
             _ => (None, None),
         };
         self.serve(self.queues.end_claim(call.name(), end, waiter, trouble), call.name());
@@ -254,7 +250,7 @@ impl<B: Backend> Engine<B> {
                 holder.expire(self);
                 self.releaser.help(self, &call.runtime);
             }
-            let look_at = holder.map_or(Instant::NEVER, |holder| holder.noticed_at()).min(deadline);
+            let look_at = holder.map_or(Instant::NEVER, |holder| holder.overdue_at()).min(deadline);
             if look_at == Instant::NEVER {
                 break (&mut delivery).await.ok();
             }
@@ -319,6 +315,12 @@ struct Call<'a> {
 impl Call<'_> {
     fn name(&self) -> &LockName {
         self.request.name
+    }
+
+    /// The caller as a waiter, and what it waits for.
+    fn queue(&self) -> (Waiter, Claimed) {
+        let (deliver, delivery) = oneshot::channel();
+        (self.waiter(deliver), Claimed::Queued(delivery))
     }
 
     fn waiter(&self, deliver: oneshot::Sender<Delivery>) -> Waiter {

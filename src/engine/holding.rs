@@ -47,9 +47,8 @@ pub(super) struct Timing {
     pub(super) renew_at: Instant,
     /// Renewals that have failed in a row.
     pub(super) failures: u32,
-    pub(super) max_hold_at: Instant,
     /// After `max_hold`: when the TTL has run out and the lock is freed.
-    pub(super) free_at: Instant,
+    pub(super) free_at: Option<Instant>,
     /// After a release before `hold_at_least`, where the server can't keep it by itself: until then it is renewed,
     /// then released.
     pub(super) keep_until: Option<Instant>,
@@ -96,8 +95,7 @@ impl<B: Backend> Holding<B> {
             scheduled: None,
             renew_at,
             failures: 0,
-            max_hold_at,
-            free_at: Instant::NEVER,
+            free_at: None,
             keep_until: None,
             stands_until: deadline,
         };
@@ -150,11 +148,11 @@ impl<B: Backend> Holding<B> {
 
     /// Whether its time is up although nobody may have noticed.
     pub(super) fn is_overdue(&self) -> bool {
-        self.tenure.deadline().has_passed() && lock(&self.timing).keep_until.is_none()
+        self.overdue_at().has_passed()
     }
 
-    /// When a waiter may notice that its time is up.
-    pub(super) fn noticed_at(&self) -> Instant {
+    /// When its time is up, as far as anybody but the keeper can tell: while it is kept for `hold_at_least`, never.
+    pub(super) fn overdue_at(&self) -> Instant {
         let kept = lock(&self.timing).keep_until.is_some();
         if kept { Instant::NEVER } else { self.tenure.deadline() }
     }
@@ -168,6 +166,13 @@ impl<B: Backend> Holding<B> {
     pub(super) fn expire(self: &Arc<Self>, engine: &Arc<Engine<B>>) {
         self.tenure.state();
         self.free_in_background(engine);
+    }
+
+    /// It is gone on the server: nothing is left to free, only the next waiter to serve.
+    pub(super) fn leave(&self, engine: &Arc<Engine<B>>) {
+        engine.keeper.remove(self);
+        engine.queues.begin_freeing(&self.name);
+        engine.releaser.push(engine, Job::Gone(self.name.clone()));
     }
 
     /// Frees it in the background unless somebody does or did.
@@ -209,9 +214,7 @@ impl<B: Backend> LossListener for Holding<B> {
             // Nothing is left to free.
             Loss::Taken | Loss::SessionEnded | Loss::Closed => {
                 if self.tenure.claim_cleanup() {
-                    engine.keeper.remove(&self);
-                    engine.queues.begin_freeing(&self.name);
-                    engine.releaser.push(&engine, Job::Gone(self.name.clone()));
+                    self.leave(&engine);
                 }
             }
         }

@@ -43,6 +43,9 @@ impl<B: Backend> Keeper<B> {
     }
 
     pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
+        if self.worker.is_running() {
+            return; // on the way of every acquire
+        }
         let (weak, worker) = (Arc::downgrade(engine), self.worker.clone());
         let task = move || async move {
             if let Some(engine) = weak.upgrade() {
@@ -61,23 +64,24 @@ impl<B: Backend> Keeper<B> {
         let (ending, id) = (Arc::downgrade(engine), runtime.id());
         let on_end = move || {
             if let Some(engine) = ending.upgrade() {
-                engine.keeper.move_on(&engine, id);
+                let keeper = &engine.keeper;
+                keeper.move_on(&keeper.worker, id, |runtime| keeper.ensure_running(&engine, runtime));
             }
         };
         self.worker.ensure_running(runtime, task, on_end);
     }
 
-    /// The keeper's runtime is gone: it goes on where somebody still holds something. Elsewhere the next use of the
+    /// A worker's runtime is gone: it goes on where somebody still holds something. Elsewhere the next use of the
     /// provider starts it.
-    fn move_on(&self, engine: &Arc<Engine<B>>, from: runtime::Id) {
+    pub(super) fn move_on(&self, worker: &Worker, from: runtime::Id, start: impl Fn(&Handle)) {
         lock(&self.dead).push(from);
         for holding in self.live() {
-            if self.worker.is_running() {
+            if worker.is_running() {
                 return;
             }
             // A runtime that is gone, too, drops the task at once, which brings us here again.
             if !lock(&self.dead).contains(&holding.runtime.id()) {
-                self.ensure_running(engine, &holding.runtime);
+                start(&holding.runtime);
             }
         }
     }
@@ -125,22 +129,12 @@ impl<B: Backend> Keeper<B> {
         self.add(holding);
     }
 
-    /// Notes that a worker's runtime has ended.
-    pub(super) fn found_dead(&self, runtime: runtime::Id) {
-        lock(&self.dead).push(runtime);
-    }
-
-    pub(super) fn is_dead(&self, runtime: runtime::Id) -> bool {
-        lock(&self.dead).contains(&runtime)
-    }
-
     /// The job has taken too long: renewal stops, and the lock is freed when its TTL has run out.
     pub(super) fn after_max_hold(&self, holding: &Holding<B>) {
         let deadline = holding.tenure.deadline();
         self.change(holding, |timing| {
             timing.renew_at = Instant::NEVER;
-            timing.max_hold_at = Instant::NEVER;
-            timing.free_at = deadline.min(Instant::now() + holding.terms.ttl);
+            timing.free_at = Some(deadline.min(Instant::now() + holding.terms.ttl));
         });
     }
 
@@ -157,12 +151,8 @@ impl<B: Backend> Keeper<B> {
     }
 
     fn insert(&self, schedule: &mut Schedule<B>, holding: &Arc<Holding<B>>, timing: &mut Timing) {
-        let at = match timing.keep_until {
-            Some(until) => timing.renew_at.min(until),
-            None => {
-                timing.renew_at.min(timing.max_hold_at).min(timing.free_at).min(holding.tenure.deadline())
-            }
-        };
+        let ends = timing.keep_until.or(timing.free_at).unwrap_or_else(|| holding.tenure.ends_at());
+        let at = timing.renew_at.min(ends);
         timing.scheduled = Some(at);
         schedule.holdings.insert((at, holding.number), holding.clone());
         if at < schedule.looks_at {
@@ -200,9 +190,9 @@ impl<B: Backend> Keeper<B> {
     /// Does what is due for one holding that has been taken out of the schedule, and puts it back where it has to be
     /// looked at again. True: renew it.
     fn tend(&self, engine: &Arc<Engine<B>>, holding: &Arc<Holding<B>>, now: Instant) -> bool {
-        // Noticing an expiry here tells everybody; taking the holding out again is harmless.
+        // Noticing an end here tells everybody; taking the holding out again is harmless.
         let state = holding.tenure.state();
-        let (renew, over, too_long) = {
+        let (renew, over) = {
             let mut schedule = lock(&self.schedule);
             let mut timing = lock(&holding.timing);
             if timing.scheduled.take().is_none() {
@@ -210,27 +200,23 @@ impl<B: Backend> Keeper<B> {
             }
             let over = match (state, timing.keep_until) {
                 (State::Released, Some(until)) => until.has_passed_at(now),
-                (State::Lost(Loss::MaxHold), _) => timing.free_at.has_passed_at(now),
+                (State::Lost(Loss::MaxHold), _) => timing.free_at.is_some_and(|at| at.has_passed_at(now)),
                 (State::Held, _) => false,
                 (State::Released | State::Lost(_), _) => return false,
             };
-            let too_long = state == State::Held && timing.max_hold_at.has_passed_at(now);
-            let mut renew = !over && !too_long && timing.renew_at.has_passed_at(now + slack(holding));
+            let mut renew = !over && timing.renew_at.has_passed_at(now + slack(holding));
             if renew {
                 (renew, timing.renew_at) = next_renewal(holding, now, timing.kept_deadline());
             }
             if !over {
                 self.insert(&mut schedule, holding, &mut timing);
             }
-            (renew, over, too_long)
+            (renew, over)
         };
         if over {
             lock(&holding.timing).keep_until = None;
             // A kept grant's cleanup belongs to its release, which left it to the keeper.
             engine.free_kept_or_lost(holding);
-        }
-        if too_long {
-            holding.tenure.lose(Loss::MaxHold);
         }
         renew
     }
@@ -263,9 +249,7 @@ impl<B: Backend> Keeper<B> {
                 tenure.lose(loss);
                 if lock(&holding.timing).keep_until.take().is_some() {
                     // Released, and nothing is left to keep.
-                    self.remove(holding);
-                    engine.queues.begin_freeing(&holding.name);
-                    engine.releaser.push(engine, super::releaser::Job::Gone(holding.name.clone()));
+                    holding.leave(engine);
                 }
             }
             Renewal::Failed(error) => {

@@ -145,8 +145,9 @@ pub(crate) fn current_runtime() -> Result<Handle> {
     })
 }
 
-/// Locks a mutex of the engine. None is ever left half-changed by a panic: what runs under them is the engine's own.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// Locks a mutex of the engine or a backend. None is ever left half-changed by a panic: what runs under them is the
+/// crate's own.
+pub(crate) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -60,6 +60,9 @@ impl<B: Backend> Releaser<B> {
     }
 
     pub(super) fn ensure_running(&self, engine: &Arc<Engine<B>>, runtime: &Handle) {
+        if self.worker.is_running() {
+            return; // on the way of every acquire
+        }
         let (worker, id) = (self.worker.clone(), runtime.id());
         let (weak, ending) = (Arc::downgrade(engine), Arc::downgrade(engine));
         let task = move || async move {
@@ -87,24 +90,13 @@ impl<B: Backend> Releaser<B> {
                 };
                 engine.queues.start_again();
                 engine.queues.notify_settled();
-                engine.releaser.move_on(&engine, id);
+                let releaser = &engine.releaser;
+                let start = |runtime: &Handle| releaser.ensure_running(&engine, runtime);
+                engine.keeper.move_on(&releaser.worker, id, start);
                 drop(anchor);
             }
         };
         self.worker.ensure_running(runtime, task, on_end);
-    }
-
-    /// The releaser's runtime is gone: it goes on where somebody still holds something.
-    fn move_on(&self, engine: &Arc<Engine<B>>, from: tokio::runtime::Id) {
-        engine.keeper.found_dead(from);
-        for holding in engine.keeper.live() {
-            if self.worker.is_running() {
-                return;
-            }
-            if !engine.keeper.is_dead(holding.runtime.id()) {
-                self.ensure_running(engine, &holding.runtime);
-            }
-        }
     }
 
     pub(super) fn stop(&self) {

@@ -14,7 +14,7 @@ mod wake;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, SystemTime};
 
 use tokio::sync::Notify;
@@ -24,7 +24,7 @@ use self::record::Record;
 use self::wake::Watch;
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, OwnerId, Released, Renewal, Session};
 use crate::capabilities::{Capabilities, Expiry};
-use crate::engine::current_runtime;
+use crate::engine::{current_runtime, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 use crate::guard::Loss;
@@ -157,10 +157,6 @@ impl Drop for Flight {
             landed.notify_waiters();
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl FileLocks {

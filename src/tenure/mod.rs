@@ -76,6 +76,11 @@ impl Tenure {
         self.session.as_ref().map_or(own, |session| own.min(session.deadline()))
     }
 
+    /// When it ends, by its deadline or by `max_hold`, unless something is heard from the server until then.
+    pub(crate) fn ends_at(&self) -> Instant {
+        self.deadline().min(self.limit)
+    }
+
     /// Its state now, by the clock.
     pub(crate) fn state(&self) -> State {
         let now = Instant::now();
@@ -168,7 +173,7 @@ impl Future for Watch {
             if this.ended.as_mut().poll(cx).is_ready() {
                 continue; // it ended after the look at its state
             }
-            let deadline = this.tenure.deadline().min(this.tenure.limit);
+            let deadline = this.tenure.ends_at();
             let Ok(runtime) = Handle::try_current() else { return Poll::Pending };
             if deadline == Instant::NEVER {
                 return Poll::Pending;
