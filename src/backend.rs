@@ -99,6 +99,7 @@ pub struct Grant<H> {
     pub(crate) hold: H,
     pub(crate) token: FencingToken,
     pub(crate) validity: Validity,
+    pub(crate) to_be_confirmed: bool,
 }
 
 #[derive(Debug)]
@@ -111,13 +112,21 @@ impl<H> Grant<H> {
     /// A grant that stands until `valid_until` unless it is renewed. Count it from [`Instant::now`] **before** the
     /// request was sent, and never promise more than the server does.
     pub fn lease(hold: H, token: FencingToken, valid_until: Instant) -> Self {
-        Self { hold, token, validity: Validity::Until(valid_until) }
+        Self { hold, token, validity: Validity::Until(valid_until), to_be_confirmed: false }
+    }
+
+    /// The server gave it for a short time only, so as not to wait long for a holder who may be dead: the first renewal
+    /// confirms that it has arrived, and is sent even if the lock is not to be renewed.
+    #[must_use]
+    pub fn to_be_confirmed(mut self) -> Self {
+        self.to_be_confirmed = true;
+        self
     }
 
     /// A grant that stands as long as the session does: a connection, a file handle. Many may be on one;
     /// [`Session::end`] tells all of them at once.
     pub fn on_session(hold: H, token: FencingToken, session: &Session) -> Self {
-        Self { hold, token, validity: Validity::Session(session.clone()) }
+        Self { hold, token, validity: Validity::Session(session.clone()), to_be_confirmed: false }
     }
 
     /// Whether it has run out before it could be used.

@@ -10,16 +10,14 @@ use crate::file::FileLocks;
 use crate::lock::LockProvider;
 use crate::memory::Memory;
 use crate::options::LockOptions;
+#[cfg(feature = "redis")]
+use crate::redis::{RedisLocks, RedisUrl, Redlock, SingleParameters};
 
 /// Schemes of the backends that are still to come, and the features that they will have.
-const NOT_YET: [(&str, &str); 6] = [
-    ("redis", "redis"),
-    ("rediss", "redis"),
-    ("redlock", "redis"),
-    ("postgres", "postgres"),
-    ("sqlserver", "sqlserver"),
-    ("azblob", "azure"),
-];
+const NOT_YET: [(&str, &str); 3] = [("postgres", "postgres"), ("sqlserver", "sqlserver"), ("azblob", "azure")];
+/// Schemes of the `redis` backends, some of which need TLS.
+#[cfg(not(feature = "redis"))]
+const REDIS: [&str; 4] = ["redis", "rediss", "redis+unix", "redlock"];
 
 /// The provider that a URL names.
 ///
@@ -28,8 +26,12 @@ const NOT_YET: [(&str, &str); 6] = [
 /// | `memory:` | [`memory`](crate::memory): the same URL in one process has the same locks |
 /// | `memory:NAME` | the same, isolated from other names |
 /// | `file:PATH` | [`file`](crate::file): lock files in the directory `PATH`, which is created if it is missing |
+/// | `redis://USER:PASSWORD@HOST:PORT/DB` | `redis` (feature `redis`): one server; `rediss://` is the same over TLS |
+/// | `redis+unix:/PATH?db=DB&user=USER&password=PASSWORD` | the same over a Unix socket |
+/// | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels watch |
+/// | `redlock://HOST,HOST,HOST` | Redlock (feature `redis`) over independent servers |
 ///
-/// The path is taken literally, up to a `?`: nothing in it is percent-decoded. `file:///some/dir` is `file:/some/dir`.
+/// The path of `file:` is taken literally, up to a `?`: nothing in it is percent-decoded. `file:///some/dir` is `file:/some/dir`.
 ///
 /// Query parameters set the provider's defaults, on every backend:
 ///
@@ -43,6 +45,8 @@ const NOT_YET: [(&str, &str); 6] = [
 /// | `prefix=app` | [`ProviderBuilder::prefix`](crate::ProviderBuilder::prefix): letters, digits, `-`, `_` and `.` |
 ///
 /// A duration needs a unit: `500ms`, `30s`, `5m` (minutes), `1h 30m`.
+///
+/// Those of one backend are described in its module.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")] async fn main() -> fencelock::Result<()> {
@@ -64,6 +68,12 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
     let result = match parts.as_ref().map(|(scheme, rest)| (&**scheme, *rest)) {
         Some(("memory", rest)) => connect_memory(rest),
         Some(("file", rest)) => connect_file(rest).await,
+        #[cfg(feature = "redis")]
+        Some((scheme @ ("redis" | "rediss"), rest)) => connect_redis(scheme == "rediss", rest).await,
+        #[cfg(feature = "redis")]
+        Some(("redis+unix", rest)) => connect_redis_socket(rest).await,
+        #[cfg(feature = "redis")]
+        Some(("redlock", rest)) => connect_redlock(rest).await,
         Some((scheme, _)) => Err(unknown(scheme)),
         None => Err(Error::new(
             ErrorKind::Config,
@@ -74,13 +84,13 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
 }
 
 fn connect_memory(rest: &str) -> Result<Box<dyn LockProvider>> {
-    let (name, common) = Common::take(rest)?;
+    let (name, common, _) = Common::take(rest, &[])?;
     let name = name.strip_prefix("//").unwrap_or(name);
     Ok(Box::new(common.build(Memory::named(name))?))
 }
 
 async fn connect_file(rest: &str) -> Result<Box<dyn LockProvider>> {
-    let (path, common) = Common::take(rest)?;
+    let (path, common, _) = Common::take(rest, &[])?;
     let path = match path.strip_prefix("//") {
         Some(path) if path.starts_with('/') => path,
         Some(_) => {
@@ -99,7 +109,54 @@ async fn connect_file(rest: &str) -> Result<Box<dyn LockProvider>> {
     Ok(Box::new(provider))
 }
 
+#[cfg(feature = "redis")]
+async fn connect_redis(tls: bool, rest: &str) -> Result<Box<dyn LockProvider>> {
+    let known = ["sentinel", "sentinel_username", "sentinel_password", "replicas", "replica_timeout"];
+    let (rest, common, own) = Common::take(rest, &known)?;
+    let [sentinel, sentinel_username, sentinel_password, _, _] = known.map(|key| own.get(key).map(str::to_owned));
+    let locks = RedisUrl { tls, rest }.single(SingleParameters {
+        sentinel,
+        sentinel_username,
+        sentinel_password,
+        replicas: own.number("replicas")?,
+        replica_timeout: own.duration("replica_timeout")?,
+    })?;
+    let provider = common.build(locks)?;
+    provider.backend().connect().await?;
+    Ok(Box::new(provider))
+}
+
+#[cfg(feature = "redis")]
+async fn connect_redis_socket(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let (rest, common, own) = Common::take(rest, &["db", "user", "password"])?;
+    let url = RedisUrl { tls: false, rest };
+    let client = url.unix_client(own.get("db"), own.get("user"), own.get("password"))?;
+    let provider = common.build(RedisLocks::new(client))?;
+    provider.backend().connect().await?;
+    Ok(Box::new(provider))
+}
+
+#[cfg(feature = "redis")]
+async fn connect_redlock(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let (rest, common, own) = Common::take(rest, &["tls", "longest_ttl"])?;
+    let tls = own.get("tls").map_or(Ok(false), |value| boolean("tls", value))?;
+    let mut locks = Redlock::new(RedisUrl { tls, rest }.clients()?)?;
+    if let Some(ttl) = own.duration("longest_ttl")? {
+        locks = locks.longest_ttl(ttl);
+    }
+    let provider = common.build(locks)?;
+    provider.backend().connect().await?;
+    Ok(Box::new(provider))
+}
+
 fn unknown(scheme: &str) -> Error {
+    #[cfg(not(feature = "redis"))]
+    if REDIS.contains(&scheme) {
+        return Error::new(
+            ErrorKind::Unsupported,
+            format!("`{scheme}:` needs the cargo feature `redis`, which this build hasn't got"),
+        );
+    }
     if let Some((scheme, feature)) = NOT_YET.iter().find(|(known, _)| *known == scheme) {
         let message = format!(
             "`{scheme}:` needs the cargo feature `{feature}`, which fencelock {} does not offer yet: \
@@ -109,7 +166,28 @@ fn unknown(scheme: &str) -> Error {
         return Error::new(ErrorKind::Unsupported, message);
     }
     // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
-    Error::new(ErrorKind::Config, "unknown scheme: this build knows `memory:` and `file:`")
+    let known = if cfg!(feature = "redis") { "`memory:`, `file:`, `redis:` and `redlock:`" } else { "`memory:` and `file:`" };
+    Error::new(ErrorKind::Config, format!("unknown scheme: this build knows {known}"))
+}
+
+/// The parameters that only one backend understands.
+#[derive(Debug, Default)]
+struct Own(Vec<(String, String)>);
+
+#[cfg(feature = "redis")]
+impl Own {
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find_map(|(name, value)| (name == key).then_some(value.as_str()))
+    }
+
+    fn duration(&self, key: &'static str) -> Result<Option<Duration>> {
+        self.get(key).map(|value| duration(key, value)).transpose()
+    }
+
+    fn number(&self, key: &'static str) -> Result<Option<u32>> {
+        let refused = |_| Error::new(ErrorKind::Config, format!("{key} in the URL must be a whole number"));
+        self.get(key).map(|value| value.parse().map_err(refused)).transpose()
+    }
 }
 
 /// The parameters that every backend understands.
@@ -120,10 +198,11 @@ struct Common {
 }
 
 impl Common {
-    /// Splits what follows the scheme into the backend's part and the parameters.
-    fn take(rest: &str) -> Result<(&str, Self)> {
+    /// Splits what follows the scheme into the backend's part, the parameters that every backend understands, and those
+    /// that `known` names besides.
+    fn take<'a>(rest: &'a str, known: &[&str]) -> Result<(&'a str, Self, Own)> {
         let (rest, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let mut common = Self::default();
+        let (mut common, mut own) = (Self::default(), Own::default());
         let mut seen = Vec::new();
         for (key, value) in form_urlencoded::parse(query.as_bytes()) {
             let options = std::mem::take(&mut common.options);
@@ -137,12 +216,19 @@ impl Common {
                     common.prefix = Some(value.into_owned());
                     options
                 }
+                key if known.contains(&key) => {
+                    own.0.push((key.to_owned(), value.into_owned()));
+                    options
+                }
                 // Not echoed: a password may have come here through a stray `?`.
                 _ => {
+                    let own: String = known.iter().flat_map(|key| [", ", *key]).collect();
                     return Err(Error::new(
                         ErrorKind::Config,
-                        "unknown parameter in the URL: this backend knows ttl, auto_renew, max_hold, hold_at_least, \
-                         retry_for and prefix",
+                        format!(
+                            "unknown parameter in the URL: this backend knows ttl, auto_renew, max_hold, hold_at_least, \
+                             retry_for, prefix{own}"
+                        ),
                     ));
                 }
             };
@@ -154,7 +240,7 @@ impl Common {
             }
             seen.push(key);
         }
-        Ok((rest, common))
+        Ok((rest, common, own))
     }
 
     /// Checks everything, and does no I/O.
@@ -256,7 +342,8 @@ mod tests {
 
     #[test]
     fn parameters_are_taken_out() {
-        let (rest, common) = Common::take("some/dir?ttl=1m%2030s&auto_renew=false&prefix=app").unwrap();
+        let (rest, common, _) =
+            Common::take("some/dir?ttl=1m%2030s&auto_renew=false&prefix=app", &[]).unwrap();
         assert_eq!(rest, "some/dir");
         let options = LockOptions::new().ttl(Duration::from_secs(90)).auto_renew(false);
         assert_eq!(common, Common { options, prefix: Some("app".to_owned()) });

@@ -25,7 +25,7 @@ use crate::name::LockName;
 use crate::options::Terms;
 
 /// How much longer than the caller's time limit an attempt that is under way may take to be answered.
-const ROUND_TRIP: Duration = Duration::from_millis(200);
+pub(super) const ROUND_TRIP: Duration = Duration::from_millis(200);
 /// How long a caller waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Patience {

@@ -77,7 +77,7 @@ impl<B: Backend> Holding<B> {
         let (deadline, session, renew_at) = match grant.validity {
             // Renewed when less than two thirds of its time are left.
             Validity::Until(until) => {
-                let renew_at = if terms.auto_renew {
+                let renew_at = if terms.auto_renew || grant.to_be_confirmed {
                     super::keeper::first_renewal(claimed_at, until, terms.ttl)
                 } else {
                     Instant::NEVER

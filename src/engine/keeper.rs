@@ -234,10 +234,14 @@ impl<B: Backend> Keeper<B> {
                     tenure.extend(until);
                     first_renewal(sent, until, holding.terms.ttl)
                 };
+                // Without renewal it was the confirmation of a grant that had been handed over, and the last one.
                 self.change(holding, |timing| {
+                    let once = !holding.terms.auto_renew && tenure.session().is_none();
                     timing.failures = 0;
                     timing.stands_until = timing.stands_until.max(until);
-                    if timing.renew_at != Instant::NEVER {
+                    if once {
+                        timing.renew_at = Instant::NEVER;
+                    } else if timing.renew_at != Instant::NEVER {
                         timing.renew_at = renew_at;
                     }
                 });

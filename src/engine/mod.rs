@@ -7,7 +7,7 @@
 
 mod acquire;
 mod attempt;
-mod backoff;
+pub(crate) mod backoff;
 mod driver;
 mod holding;
 mod keeper;
@@ -16,7 +16,7 @@ mod queue;
 mod releaser;
 mod request;
 mod slot;
-mod worker;
+pub(crate) mod worker;
 
 use std::collections::hash_map::RandomState;
 use std::fmt;

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
+use super::acquire::ROUND_TRIP;
 use super::backoff::Backoff;
 use super::holding::Holding;
 use super::keeper::Keeper;
@@ -300,7 +301,8 @@ impl<B: Backend> Engine<B> {
         let mut backoff = Backoff::between_retries();
         let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
         loop {
-            let patience = limit.remaining().min(holding.terms.ttl / PATIENCE);
+            // Without any retry a request still takes a round trip.
+            let patience = limit.remaining().max(ROUND_TRIP).min(holding.terms.ttl / PATIENCE);
             let keep_for = holding.keep_for(); // less of it is left each time
             let error = match answered(patience, self.backend.release(&holding.hold, keep_for)).await {
                 Ok(Released::NotHeld) if ambiguous => return Ok(Released::Yes),

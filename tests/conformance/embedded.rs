@@ -1,7 +1,6 @@
-//! The backends that need no server, run through the conformance suite.
+//! The backends that need no server.
 
 use std::path::Path;
-use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,20 +8,18 @@ use async_trait::async_trait;
 use fencelock::backend::{Backend, Claim, Due, Grant, Outcome, Released, Renewal};
 use fencelock::file::FileLocks;
 use fencelock::memory::{Memory, MemoryHold};
-use fencelock::testing::{self, Harness, Target};
-use fencelock::{Capabilities, LockOptions, LockProvider, Loss, Provider, Result};
+use fencelock::testing::{Harness, Target};
+use fencelock::{Capabilities, LockOptions, LockProvider, Loss, Result};
 use tokio::task::yield_now;
 
-fn main() -> ExitCode {
-    testing::main(vec![
+use super::provider;
+
+pub(super) fn targets() -> Vec<Arc<dyn Target>> {
+    vec![
         Arc::new(InMemory { name: "memory", connect: |memory, options| provider(memory, options) }),
         Arc::new(InMemory { name: "remote", connect: |memory, options| provider(Remote(memory), options) }),
         Arc::new(Files),
-    ])
-}
-
-fn provider(backend: impl Backend, options: LockOptions) -> Box<dyn LockProvider> {
-    Box::new(Provider::builder(backend).options(options).build().expect("these options can be"))
+    ]
 }
 
 /// Locks of one process, directly or over what `connect` puts before them.

@@ -1,0 +1,304 @@
+//! [`Link`]: the one connection over which a provider's commands to a server travel, opened on first use and again, with
+//! back-off, when it is broken.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use redis::aio::{ConnectionLike, MultiplexedConnection, PubSubSink, PubSubStream};
+use redis::sentinel::SentinelClient;
+use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
+use tokio::task::AbortHandle;
+
+use super::failure;
+use crate::clock::Instant;
+use crate::engine::backoff::Backoff;
+use crate::engine::lock;
+use crate::engine::worker::OnDrop;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long opening a connection may take, finding the master and logging in included.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long an answer may take before its connection counts as broken.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Who gives up a request after so long without an answer has reason to doubt the connection.
+const DOUBT_AFTER: Duration = Duration::from_millis(50);
+/// So old a connection must be before doubt alone replaces it: a server that is just slow must not be flooded with new ones.
+const DOUBT_AGE: Duration = Duration::from_secs(1);
+
+/// Where connections come from.
+pub(super) enum Source {
+    Client(Client),
+    Sentinel(tokio::sync::Mutex<SentinelClient>),
+    /// The user's own, which sees to itself.
+    Connection(Box<dyn UsersConnection>),
+}
+
+/// A connection that can be shared, whichever it is.
+pub(super) trait UsersConnection: Send + Sync {
+    fn share(&self) -> Box<dyn ConnectionLike + Send>;
+}
+
+impl<C: ConnectionLike + Clone + Send + Sync + 'static> UsersConnection for C {
+    fn share(&self) -> Box<dyn ConnectionLike + Send> {
+        Box::new(self.clone())
+    }
+}
+
+pub(super) struct Link {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    source: Source,
+    current: Mutex<Option<Arc<Opened>>>,
+    /// Whoever has it opens a connection.
+    opening: Arc<tokio::sync::Mutex<Opening>>,
+    /// How many connections there have been.
+    generation: AtomicU64,
+}
+
+/// What came of the attempts to open a connection since the last success.
+struct Opening {
+    backoff: Backoff,
+    failed: Option<(Instant, Error)>,
+    not_before: Instant,
+}
+
+/// An open connection.
+pub(super) struct Opened {
+    connection: MultiplexedConnection,
+    pub(super) generation: u64,
+    /// The server's run id, if it tells: another one after each restart.
+    pub(super) run_id: Option<String>,
+    since: Instant,
+    broken: Arc<AtomicBool>,
+    /// Lives on the runtime that serves the connection, and says so when that is gone.
+    anchor: AbortHandle,
+}
+
+impl Drop for Opened {
+    fn drop(&mut self) {
+        self.anchor.abort();
+    }
+}
+
+impl Opened {
+    fn is_usable(&self) -> bool {
+        !self.broken.load(Ordering::Acquire)
+    }
+
+    fn break_off(&self) {
+        self.broken.store(true, Ordering::Release);
+    }
+
+    async fn request(&self, command: &Cmd) -> Result<Value, RedisError> {
+        let sent = Instant::now();
+        let mut unanswered = OnDrop(Some(|| {
+            if sent.elapsed() >= DOUBT_AFTER && self.since.elapsed() >= DOUBT_AGE {
+                self.break_off();
+            }
+        }));
+        let answer = self.connection.clone().req_packed_command(command).await.and_then(Value::extract_error);
+        unanswered.0 = None;
+        if answer.as_ref().is_err_and(failure::spoils_connection) {
+            self.break_off();
+        }
+        answer
+    }
+}
+
+/// A connection to send some requests over, in order.
+pub(super) enum Connected {
+    Ours(Arc<Opened>),
+    Users(Box<dyn ConnectionLike + Send>),
+}
+
+impl Connected {
+    /// Sends a command and awaits its answer.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropped, the command may or may not be carried out.
+    pub(super) async fn request(&mut self, command: &Cmd) -> Result<Value, RedisError> {
+        match self {
+            Self::Ours(opened) => opened.request(command).await,
+            Self::Users(connection) => {
+                let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.req_packed_command(command)).await;
+                answer.unwrap_or_else(|_| Err(timed_out())).and_then(Value::extract_error)
+            }
+        }
+    }
+}
+
+impl Link {
+    pub(super) fn new(source: Source) -> Self {
+        let opening =
+            Opening { backoff: Backoff::between_retries(), failed: None, not_before: Instant::now() };
+        Self {
+            shared: Arc::new(Shared {
+                source,
+                current: Mutex::default(),
+                opening: Arc::new(tokio::sync::Mutex::new(opening)),
+                generation: AtomicU64::new(0),
+            }),
+        }
+    }
+
+    /// Whether it can be subscribed over: not where all there is is a connection of the user's.
+    pub(super) fn can_subscribe(&self) -> bool {
+        !matches!(self.shared.source, Source::Connection(_))
+    }
+
+    /// The connection that requests travel over at present.
+    pub(super) async fn connected(&self) -> Result<Connected> {
+        match &self.shared.source {
+            Source::Connection(users) => Ok(Connected::Users(users.share())),
+            Source::Client(_) | Source::Sentinel(_) => Ok(Connected::Ours(self.opened().await?)),
+        }
+    }
+
+    /// The answers don't fit the questions: the connection is out of step.
+    pub(super) fn break_off(&self) {
+        if let Some(opened) = &*lock(&self.shared.current) {
+            opened.break_off();
+        }
+    }
+
+    /// The connection, opened if need be.
+    pub(super) async fn opened(&self) -> Result<Arc<Opened>> {
+        if let Some(opened) = self.shared.usable() {
+            return Ok(opened);
+        }
+        let asked = Instant::now();
+        let mut opening = self.shared.opening.clone().lock_owned().await;
+        if let Some(opened) = self.shared.usable() {
+            return Ok(opened);
+        }
+        if let Some((at, error)) = &opening.failed
+            && (*at >= asked || !opening.not_before.has_passed())
+        {
+            return Err(error.duplicate());
+        }
+        // In a task of its own: who gives up waiting must not set back all others.
+        let shared = self.shared.clone();
+        let task = tokio::spawn(async move {
+            let opened = match tokio::time::timeout(OPEN_TIMEOUT, shared.open()).await {
+                Ok(opened) => opened,
+                Err(_) => Err(Error::new(ErrorKind::Unavailable, "redis doesn't answer")),
+            };
+            match opened {
+                Ok(opened) => {
+                    let opened = Arc::new(opened);
+                    opening.failed = None;
+                    opening.backoff.reset();
+                    *lock(&shared.current) = Some(opened.clone());
+                    Ok(opened)
+                }
+                Err(error) => {
+                    opening.not_before = Instant::now() + opening.backoff.next();
+                    opening.failed = Some((Instant::now(), error.duplicate()));
+                    Err(error)
+                }
+            }
+        });
+        task.await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Unavailable, "the runtime that opened the connection is gone"))
+        })
+    }
+
+    /// Another connection, which is subscribed to a channel.
+    pub(super) async fn subscribe(&self, channel: &str) -> Result<(PubSubSink, PubSubStream)> {
+        let subscribe = async {
+            let client = self.shared.client().await?;
+            let (mut sink, messages) = client.get_async_pubsub().await?.split();
+            sink.subscribe(channel).await?;
+            Ok((sink, messages))
+        };
+        match tokio::time::timeout(OPEN_TIMEOUT, subscribe).await {
+            Ok(subscribed) => subscribed.map_err(failure::while_connecting),
+            Err(_) => Err(Error::new(ErrorKind::Unavailable, "redis doesn't answer")),
+        }
+    }
+
+    /// Which connection is the present one.
+    pub(super) fn generation(&self) -> u64 {
+        self.shared.generation.load(Ordering::Acquire)
+    }
+}
+
+impl Shared {
+    fn usable(&self) -> Option<Arc<Opened>> {
+        lock(&self.current).clone().filter(|opened| opened.is_usable())
+    }
+
+    async fn client(&self) -> Result<Client, RedisError> {
+        match &self.source {
+            Source::Client(client) => Ok(client.clone()),
+            Source::Sentinel(sentinels) => sentinels.lock().await.async_get_client().await,
+            Source::Connection(_) => {
+                Err((redis::ErrorKind::InvalidClientConfig, "a connection can't make others").into())
+            }
+        }
+    }
+
+    async fn open(&self) -> Result<Opened> {
+        let client = self.client().await.map_err(failure::while_connecting)?;
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(None) // ours covers all of it
+            .set_response_timeout(Some(ANSWER_TIMEOUT));
+        let mut connection = client
+            .get_multiplexed_async_connection_with_config(&config)
+            .await
+            .map_err(failure::while_connecting)?;
+        let run_id = identify(&mut connection).await?;
+        let broken = Arc::new(AtomicBool::new(false));
+        let gone = OnDrop(Some({
+            let broken = broken.clone();
+            move || broken.store(true, Ordering::Release)
+        }));
+        let anchor = tokio::spawn(async move {
+            let _gone = gone;
+            std::future::pending::<()>().await;
+        });
+        let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
+        let (anchor, since) = (anchor.abort_handle(), Instant::now());
+        Ok(Opened { connection, generation, run_id, since, broken, anchor })
+    }
+}
+
+/// Asks the server what it is. Its run id, if the user may know.
+async fn identify(connection: &mut MultiplexedConnection) -> Result<Option<String>> {
+    let info: String = match redis::cmd("INFO").arg("server").query_async(connection).await {
+        Ok(info) => info,
+        Err(error) if error.kind() == redis::ErrorKind::Server(redis::ServerErrorKind::NoPerm) => return Ok(None),
+        Err(error) => return Err(failure::while_connecting(error)),
+    };
+    let field = |name: &str| {
+        info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::to_owned)
+    };
+    match field("redis_mode").as_deref() {
+        Some("cluster") => Err(failure::cluster()),
+        Some("sentinel") => Err(Error::new(
+            ErrorKind::Config,
+            "this server is a Sentinel: name the master that it watches, by `sentinel=NAME` in the URL",
+        )),
+        _ => Ok(field("run_id")),
+    }
+}
+
+fn timed_out() -> RedisError {
+    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let source = match &self.shared.source {
+            Source::Client(client) => client.get_connection_info().addr().to_string(),
+            Source::Sentinel(_) => "sentinel".to_owned(),
+            Source::Connection(_) => "connection".to_owned(),
+        };
+        f.debug_struct("Link").field("to", &source).field("generation", &self.generation()).finish()
+    }
+}

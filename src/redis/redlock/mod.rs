@@ -1,0 +1,578 @@
+//! [`Redlock`]: locks on a majority of independent servers.
+
+mod ballot;
+mod membership;
+mod node;
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use redis::{Client, Value};
+
+use self::ballot::{Agreement, Ballot, Verdict, quorum};
+use self::node::{Node, Question, Vote};
+use super::inbox::{Hears, Place, Places, Subscription};
+use super::keys::{self, Keys, owner_value};
+use super::link::{Link, Source};
+use super::script::{self, Script};
+use super::single::{MIN_TTL, Owner, check_mode, millis_up, read_renewals};
+use super::waiting::{grace, millis, whole_millis};
+use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, Released, Renewal};
+use crate::capabilities::{Capabilities, Expiry, Fairness};
+use crate::engine::backoff::{Backoff, jitter};
+use crate::engine::lock;
+use crate::error::{Error, ErrorKind, Result};
+use crate::fencing::FencingToken;
+use crate::guard::Loss;
+
+/// What a server knows as a node of Redlock.
+const NODE_KEY: &str = "fencelock:redlock";
+/// The longest TTL unless another is set.
+const LONGEST_TTL: Duration = Duration::from_secs(60);
+/// How long one that found the votes split tries again before it counts the lock as busy.
+const SPLIT_FOR: Duration = Duration::from_millis(500);
+/// How long a waiter that was woken by one node waits for the others to be free, too.
+const GATHER: Duration = Duration::from_millis(3);
+/// How often nodes without a vote are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// Locks on a majority of several independent Redis servers ("Redlock"), which survive the death of a minority. See the
+/// [module](super) for what they promise.
+///
+/// ```no_run
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// use fencelock::redis::Redlock;
+///
+/// let urls = ["redis://one.example", "redis://two.example", "redis://three.example"];
+/// let clients = urls.into_iter().map(redis::Client::open).collect::<Result<Vec<_>, _>>()?;
+/// let provider = fencelock::Provider::new(Redlock::new(clients)?);
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct Redlock {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    nodes: Vec<Arc<Node>>,
+    places: Arc<Places<Knocks>>,
+    longest_ttl: Duration,
+    /// The highest token seen or proposed.
+    seen: AtomicU64,
+    /// Whoever has it looks after nodes without a vote.
+    admitting: tokio::sync::Mutex<()>,
+    looked_at: std::sync::Mutex<Option<Instant>>,
+}
+
+/// What identifies a grant of [`Redlock`].
+#[derive(Debug)]
+pub struct RedlockHold {
+    keys: Keys,
+    owner: Owner,
+}
+
+/// What a waiting attempt has heard, and how many rounds it has had.
+#[derive(Debug, Default)]
+struct Knocks {
+    heard: usize,
+    rounds: u32,
+}
+
+impl Hears for Knocks {
+    fn hears(&mut self, _generation: u32, _rest: &str) {
+        self.heard += 1;
+    }
+}
+
+/// What a round came to.
+enum Round {
+    Granted(Grant<RedlockHold>),
+    Busy(Option<Duration>),
+    Split,
+}
+
+impl Redlock {
+    /// Locks on a majority of the servers that these clients connect to. They must know nothing of each other: no
+    /// replicas, no cluster. No I/O.
+    ///
+    /// # Errors
+    ///
+    /// [`Config`](ErrorKind::Config) for fewer than three servers, and for the same one twice.
+    pub fn new(clients: impl IntoIterator<Item = Client>) -> Result<Self> {
+        let clients: Vec<_> = clients.into_iter().collect();
+        let addresses: Vec<_> =
+            clients.iter().map(|client| client.get_connection_info().addr().to_string()).collect();
+        if clients.len() < 3 {
+            return Err(Error::new(ErrorKind::Config, "redlock needs at least three servers"));
+        }
+        if addresses.iter().enumerate().any(|(i, address)| addresses[..i].contains(address)) {
+            return Err(Error::new(ErrorKind::Config, "redlock needs independent servers: one is named twice"));
+        }
+        let (channel, places) = (super::new_channel(), Arc::new(Places::default()));
+        let node = |client| {
+            Arc::new(Node {
+                link: Arc::new(Link::new(Source::Client(client))),
+                subscription: Subscription::new(channel.clone(), places.clone()),
+            })
+        };
+        let shared = Shared {
+            nodes: clients.into_iter().map(node).collect(),
+            places,
+            longest_ttl: LONGEST_TTL,
+            seen: AtomicU64::new(0),
+            admitting: tokio::sync::Mutex::default(),
+            looked_at: std::sync::Mutex::default(),
+        };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The longest TTL that a lock may have here, and for how long a server that was restarted, or has lost its data, has
+    /// no vote at least. Everybody who uses the same servers should set the same. Default: 60 s.
+    #[must_use]
+    pub fn longest_ttl(mut self, ttl: Duration) -> Self {
+        if let Some(shared) = Arc::get_mut(&mut self.shared) {
+            shared.longest_ttl = ttl.max(MIN_TTL);
+        }
+        self
+    }
+
+    /// Connects to the servers, and gives a vote to those that are new.
+    ///
+    /// # Errors
+    ///
+    /// [`Unavailable`](ErrorKind::Unavailable) if there is no majority of servers that have a vote, or what most of them
+    /// say.
+    ///
+    /// # Cancel safety
+    ///
+    /// Dropping the future leaves nothing behind but perhaps open connections.
+    pub async fn connect(&self) -> Result<()> {
+        let (members, errors) = self.shared.admit(Duration::from_secs(2)).await;
+        if members >= quorum(self.shared.nodes.len()) { Ok(()) } else { Err(self.shared.no_majority(errors)) }
+    }
+}
+
+impl Shared {
+    /// How long one node is waited for: little against the TTL.
+    fn patience(ttl: Duration) -> Duration {
+        (ttl / 10).clamp(Duration::from_millis(20), Duration::from_secs(1))
+    }
+
+    /// For how long a majority stands: clocks run apart by one in a hundred, and the servers count in milliseconds.
+    fn validity(ttl: Duration) -> Duration {
+        let ttl = whole_millis(ttl);
+        ttl.saturating_sub(ttl / 100 + Duration::from_millis(2))
+    }
+
+    /// The clock, or above every token that has been seen here; never the same number twice.
+    fn proposal(&self) -> u64 {
+        let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
+        let clock = u64::try_from(micros).unwrap_or(0);
+        let next = |seen: u64| Some(clock.max(seen + 1));
+        let before = self.seen.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
+        next(before).unwrap_or(clock)
+    }
+
+    fn no_majority(&self, errors: Vec<Error>) -> Error {
+        // What can't be mended by waiting is more to the point.
+        let worst = errors.into_iter().min_by_key(Error::is_retryable);
+        let message = "too few of the redis servers can be reached, or have a vote";
+        match worst {
+            Some(error) if !error.is_retryable() => error,
+            Some(error) => Error::new(ErrorKind::Unavailable, message).with_source(error),
+            None => Error::new(
+                ErrorKind::Unavailable,
+                "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
+                 until the longest TTL has passed",
+            ),
+        }
+    }
+
+    /// Some node has no vote: sees to it, in the background unless nothing goes without it.
+    async fn look_after_outsiders(self: &Arc<Self>, patience: Duration, needed: bool) {
+        {
+            let mut looked_at = lock(&self.looked_at);
+            if looked_at.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
+                return;
+            }
+            *looked_at = Some(Instant::now());
+        }
+        let shared = self.clone();
+        let task = tokio::spawn(async move { shared.admit(patience).await });
+        if needed {
+            let _ = task.await; // the next round shows what has come of it
+        }
+    }
+
+    /// Asks all nodes, and hands each answer to `take` until that has enough. The slow ones are asked to the end all the
+    /// same: their answers aren't needed, but what is asked is to be done.
+    async fn ask_all<T, F>(
+        &self,
+        ask: impl Fn(Arc<Node>) -> F,
+        mut take: impl FnMut(usize, Result<T>) -> ControlFlow<()>,
+    ) where
+        T: Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+    {
+        let mut answers: FuturesUnordered<_> = self
+            .nodes
+            .iter()
+            .enumerate()
+            .map(|(number, node)| {
+                let answer = ask(node.clone());
+                async move { (number, answer.await) }
+            })
+            .collect();
+        while let Some((number, answer)) = answers.next().await {
+            if take(number, answer).is_break() {
+                break;
+            }
+        }
+        if !answers.is_empty() {
+            tokio::spawn(async move { while answers.next().await.is_some() {} });
+        }
+    }
+
+    /// Has a script run on all nodes for its effect. How many have said yes and no once a majority has said either, or
+    /// what has gone wrong.
+    async fn tell_all(
+        &self,
+        script: &'static LazyLock<Script>,
+        keys: Vec<String>,
+        args: Vec<String>,
+        patience: Duration,
+    ) -> Result<bool> {
+        let told = Arc::new((keys, args));
+        let quorum = quorum(self.nodes.len());
+        let (mut yes, mut no, mut errors) = (0, 0, Vec::new());
+        self.ask_all(
+            |node| {
+                let told = told.clone();
+                async move {
+                    let (keys, args) = &*told;
+                    let args: Vec<_> = args.iter().map(String::as_str).collect();
+                    match node.run(script, keys, &args, patience).await? {
+                        Value::Int(answer) => Ok(answer == 1),
+                        _ => Err(node.out_of_step()),
+                    }
+                }
+            },
+            |_, answer| {
+                match answer {
+                    Ok(true) => yes += 1,
+                    Ok(false) => no += 1,
+                    Err(error) => errors.push(error),
+                }
+                if yes.max(no) >= quorum { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        )
+        .await;
+        match (yes >= quorum, no >= quorum) {
+            (true, _) => Ok(true),
+            (false, true) => Ok(false),
+            (false, false) => Err(self.no_majority(errors)),
+        }
+    }
+
+    /// One round: both phases, and if it doesn't come to a grant, everything taken back.
+    async fn round(self: &Arc<Self>, claim: &Claim, keys: &Keys, question: Question) -> Result<Round> {
+        let patience = Self::patience(claim.ttl);
+        let (sent, proposal) = (Instant::now(), self.proposal());
+        let question = Arc::new(question);
+        let mut ballot = Ballot::new(self.nodes.len());
+        let (mut times, mut errors, mut outside) = (Vec::new(), Vec::new(), false);
+        self.ask_all(
+            |node| {
+                let question = question.clone();
+                async move { node.vote(&question, proposal, patience).await }
+            },
+            |number, vote| {
+                match vote {
+                    Ok(Vote::Granted(counter)) => ballot.grants(number, counter),
+                    Ok(Vote::Busy { holder, left }) => {
+                        ballot.refuses(number, holder);
+                        times.push(left.unwrap_or(Duration::MAX));
+                    }
+                    Ok(Vote::Outside) => {
+                        outside = true;
+                        ballot.fails();
+                    }
+                    Err(error) => {
+                        errors.push(error);
+                        ballot.fails();
+                    }
+                }
+                if ballot.verdict().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        )
+        .await;
+        let verdict = ballot.verdict().unwrap_or(Verdict::Unreachable); // there is one after the last vote
+        if outside {
+            self.look_after_outsiders(patience, verdict == Verdict::Unreachable).await;
+        }
+        if verdict == Verdict::Won
+            && let Some(token) = self.agree(&mut ballot, &question, patience).await
+            && let Some(token) = FencingToken::new(token)
+        {
+            self.seen.fetch_max(token.get(), Ordering::AcqRel);
+            let until = sent + Self::validity(claim.ttl);
+            if !until.has_passed() {
+                let hold = RedlockHold { keys: keys.clone(), owner: Owner(question.owner.clone()) };
+                return Ok(Round::Granted(Grant::lease(hold, token, until)));
+            }
+        }
+        // What did not answer is told, too: on one connection it is done after the claim. What a broken connection leaves
+        // behind on a minority runs out.
+        let owner = question.owner.clone();
+        let _ = self.tell_all(&script::NODE_RELEASE, question.keys.clone(), vec![owner, "0".into()], patience).await;
+        match verdict {
+            Verdict::Busy => {
+                // When a majority of them will be free, if nobody renews.
+                times.resize(times.len() + ballot.granted(), Duration::ZERO);
+                times.sort_unstable();
+                Ok(Round::Busy(times.get(quorum(self.nodes.len()) - 1).copied()))
+            }
+            Verdict::Split | Verdict::Won => Ok(Round::Split),
+            Verdict::Unreachable => Err(self.no_majority(errors)),
+        }
+    }
+
+    /// Brings a majority to count up to one number. `None`: there is none any more.
+    async fn agree(&self, ballot: &mut Ballot<Vec<u8>>, question: &Question, patience: Duration) -> Option<u64> {
+        let (token, behind) = match ballot.agreement() {
+            Agreement::Token(token) => return Some(token),
+            Agreement::Raise { token, nodes } => (token, nodes),
+        };
+        let mut raises: FuturesUnordered<_> = behind
+            .into_iter()
+            .map(|number| async move { (number, self.nodes[number].raise(question, token, patience).await) })
+            .collect();
+        while let Some((number, raised)) = raises.next().await {
+            if let Ok(true) = raised {
+                ballot.raises(number, token);
+            }
+            if let Agreement::Token(token) = ballot.agreement() {
+                return Some(token);
+            }
+        }
+        None
+    }
+
+    /// Rounds until one isn't split any more.
+    async fn rounds(
+        self: &Arc<Self>,
+        claim: &Claim,
+        keys: &Keys,
+        mut next: impl FnMut() -> Question,
+    ) -> Result<Outcome<RedlockHold>> {
+        let (began, mut backoff) = (Instant::now(), Backoff::new(Duration::from_millis(2), Duration::from_millis(50)));
+        loop {
+            match self.round(claim, keys, next()).await? {
+                Round::Granted(grant) => return Ok(Outcome::Granted(grant)),
+                Round::Busy(retry_after) => return Ok(Outcome::Busy { retry_after }),
+                Round::Split if began.elapsed() >= SPLIT_FOR => return Ok(Outcome::Busy { retry_after: None }),
+                Round::Split => tokio::time::sleep(backoff.next()).await,
+            }
+        }
+    }
+
+    /// Subscribes where it can: a node that can't be subscribed to doesn't wake anybody.
+    async fn listen(&self, patience: Duration) {
+        let ensure = self.nodes.iter().map(|node| async {
+            let _ = tokio::time::timeout(patience, node.subscription.ensure(&node.link)).await; // the votes will show
+        });
+        futures_util::future::join_all(ensure).await;
+    }
+}
+
+impl Place<Knocks> {
+    fn knocks(&self) -> usize {
+        lock(&self.state).heard
+    }
+
+    /// The number of the next round. What has been heard before it doesn't count any more.
+    fn next_round(&self) -> u32 {
+        let mut knocks = lock(&self.state);
+        knocks.heard = 0;
+        knocks.rounds += 1;
+        knocks.rounds
+    }
+
+    /// Waits for the first node that is free, then a moment for a majority of them. Then a moment more, by chance: others
+    /// may have been woken, too.
+    async fn knocked(&self, quorum: usize) {
+        self.heard().await;
+        let gathered = async {
+            while self.knocks() < quorum {
+                self.heard().await;
+            }
+        };
+        let _ = tokio::time::timeout(GATHER, gathered).await; // some may never come
+    }
+}
+
+fn question(claim: &Claim, keys: &Keys, from: &str, round: u32, channel: Option<&str>) -> Question {
+    let waiter = channel.map(|channel| {
+        let grace = millis(grace(claim.ttl)).to_string();
+        [owner_value(claim.owner, 0), grace, channel.to_owned()]
+    });
+    Question {
+        keys: node_keys(keys, Some(claim)),
+        owner: owner_value(claim.owner, round),
+        from: from.to_owned(),
+        ttl: millis(claim.ttl).to_string(),
+        waiter,
+    }
+}
+
+/// The keys of a script on a node.
+fn node_keys(keys: &Keys, claim: Option<&Claim>) -> Vec<String> {
+    let mut all: Vec<_> = keys.common().into();
+    all.push(claim.map_or_else(|| keys.lock.clone(), |claim| keys.tombstone(claim.owner)));
+    all.push(NODE_KEY.to_owned());
+    all
+}
+
+impl Backend for Redlock {
+    type Hold = RedlockHold;
+
+    fn name(&self) -> &'static str {
+        "redlock"
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        Capabilities::new(MIN_TTL, self.shared.longest_ttl, Expiry::Ttl)
+            .keeps_after_exit(true)
+            .wakes_waiters(true)
+            .fairness(Fairness::None)
+    }
+
+    async fn try_claim(&self, claim: &Claim, wait: Duration) -> Result<Outcome<RedlockHold>> {
+        check_mode(claim)?;
+        let (shared, keys) = (&self.shared, Keys::new(&claim.name));
+        if wait.is_zero() {
+            let mut round = 0;
+            let next = || {
+                round += 1;
+                question(claim, &keys, "", round, None)
+            };
+            return shared.rounds(claim, &keys, next).await;
+        }
+        let until = Instant::now() + wait;
+        let quorum = quorum(shared.nodes.len());
+        let place = shared.places.enter(claim, Knocks::default);
+        loop {
+            shared.listen(Shared::patience(claim.ttl)).await;
+            let channel = shared.nodes[0].subscription.channel();
+            let next = || question(claim, &keys, "", place.next_round(), Some(channel));
+            let left = match shared.rounds(claim, &keys, next).await {
+                Ok(Outcome::Busy { retry_after }) => retry_after,
+                Ok(granted) => {
+                    shared.places.leave(claim.owner);
+                    return Ok(granted);
+                }
+                // It may have left itself in the queues, and in a minority of the nodes: then it is to be abandoned.
+                Err(error) if error.is_retryable() => {
+                    return Err(Error::new(ErrorKind::Unknown, "the claim has failed").with_source(error));
+                }
+                Err(error) => {
+                    let _ = self.abandon(claim).await; // nothing better to be done
+                    return Err(error);
+                }
+            };
+            let nap = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_millis(1)).min(grace(claim.ttl) / 3);
+            let nap = nap.min(until.remaining());
+            let knocked = tokio::time::timeout(nap, place.knocked(quorum)).await.is_ok();
+            if until.has_passed() && !knocked {
+                return Ok(Outcome::Busy { retry_after: Some(Duration::ZERO) });
+            }
+            tokio::time::sleep(jitter(Duration::from_millis(1))).await;
+        }
+    }
+
+    async fn abandon(&self, claim: &Claim) -> Result<()> {
+        let keys = Keys::new(&claim.name);
+        let dead_for = millis_up(keys::dead_for(claim.ttl)).to_string();
+        let args = vec![owner_value(claim.owner, 0), dead_for];
+        let patience = Shared::patience(claim.ttl);
+        self.shared.tell_all(&script::NODE_LEAVE, node_keys(&keys, Some(claim)), args, patience).await?;
+        self.shared.places.leave(claim.owner);
+        Ok(())
+    }
+
+    async fn renew(&self, due: &[Due<'_, RedlockHold>]) -> Vec<Renewal> {
+        let keys: Vec<_> = due.iter().map(|due| due.hold.keys.lock.clone()).collect();
+        let args: Vec<_> = due
+            .iter()
+            .flat_map(|due| [due.hold.owner.0.clone(), millis(due.ttl).to_string()])
+            .collect();
+        let shortest = due.iter().map(|due| due.ttl).min().unwrap_or_default();
+        let (patience, quorum) = (Shared::patience(shortest), quorum(self.shared.nodes.len()));
+        let asked = Arc::new((keys, args));
+        let sent = Instant::now();
+        let (mut yes, mut no) = (vec![0; due.len()], vec![0; due.len()]);
+        let mut errors = Vec::new();
+        let ask = |node: Arc<Node>| {
+            let asked = asked.clone();
+            async move {
+                let (keys, args) = &*asked;
+                let args: Vec<_> = args.iter().map(String::as_str).collect();
+                let answer = node.run(&script::RENEW, keys, &args, patience).await?;
+                read_renewals(answer).filter(|answers| answers.len() == keys.len()).ok_or_else(|| node.out_of_step())
+            }
+        };
+        let take = |_, answers: Result<Vec<i64>>| {
+            match answers {
+                Ok(answers) => {
+                    for (i, answer) in answers.into_iter().enumerate() {
+                        *if answer == 1 { &mut yes[i] } else { &mut no[i] } += 1;
+                    }
+                }
+                Err(error) => errors.push(error),
+            }
+            let decided = (0..due.len()).all(|i| yes[i] >= quorum || no[i] >= quorum);
+            if decided { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        self.shared.ask_all(ask, take).await;
+        let failed = self.shared.no_majority(errors);
+        due.iter()
+            .enumerate()
+            .map(|(i, due)| {
+                if yes[i] >= quorum {
+                    Renewal::Until(sent + Shared::validity(due.ttl))
+                } else if no[i] >= quorum {
+                    Renewal::Lost(Loss::Taken)
+                } else {
+                    Renewal::Failed(failed.duplicate()) // the old deadline stands
+                }
+            })
+            .collect()
+    }
+
+    async fn release(&self, hold: &RedlockHold, keep_for: Duration) -> Result<Released> {
+        let args = vec![hold.owner.0.clone(), millis_up(keep_for).to_string()];
+        let patience = Duration::from_secs(1); // the engine sets the limit
+        let keys = node_keys(&hold.keys, None);
+        let released = self.shared.tell_all(&script::NODE_RELEASE, keys, args, patience).await;
+        match released {
+            Ok(true) => Ok(Released::Yes),
+            Ok(false) => Ok(Released::NotHeld),
+            Err(error) => Err(Error::new(ErrorKind::Unknown, "the release has failed").with_source(error)),
+        }
+    }
+
+    async fn transfer(&self, hold: &RedlockHold, to: &Claim) -> Result<Option<Grant<RedlockHold>>> {
+        let question = question(to, &hold.keys, &hold.owner.0, 1, None);
+        match self.shared.round(to, &hold.keys, question).await {
+            Ok(Round::Granted(grant)) => Ok(Some(grant)),
+            // Some nodes may have gone over: both sides are to be freed.
+            Ok(Round::Busy(_) | Round::Split) => Err(Error::new(ErrorKind::Unknown, "the lock went over in part only")),
+            Err(error) => Err(Error::new(ErrorKind::Unknown, "the transfer has failed").with_source(error)),
+        }
+    }
+}

@@ -1,0 +1,55 @@
+-- Tries to get the lock.
+--
+-- KEYS: 5 the tombstone of this owner
+-- ARGV: 1 owner, 2 ttl (ms), 3 how: "try", "join" the queue if it is busy, or "stay" in it; the last two with
+-- 4 grace (ms), 5 the channel on which this owner's process listens
+-- Answers {"granted", token, owner}, {"mine", token, owner, ms left}, {"busy", ms left}, {"gone"}, {"dead"} or {"exhausted"}
+local owner, ttl, how = ARGV[1], ARGV[2], ARGV[3]
+
+local holder = redis.call('GET', lock)
+if holder == owner then
+  -- Handed over, and the message is late or lost. Nothing changes, so that this may be asked at any time.
+  return {'mine', tonumber(redis.call('GET', fence)) or draw(), owner, redis.call('PTTL', lock)}
+end
+
+local queued = how == 'stay' and redis.call('ZSCORE', queue, owner)
+if how == 'stay' then
+  -- An owner that was handed the lock before, or dropped from the queue, never comes back.
+  if not queued then return {'gone'} end
+elseif not holder and redis.call('EXISTS', queue, KEYS[5]) == 0 then
+  -- Free, nobody waits, and this owner isn't dead: by far the most frequent case.
+  local token = draw()
+  if not token then return {'exhausted'} end
+  redis.call('SET', lock, owner, 'PX', ttl)
+  return {'granted', token, owner}
+elseif redis.call('EXISTS', KEYS[5]) == 1 then
+  return {'dead'} -- broken off before it came here
+end
+
+if not holder then
+  local first = head()
+  if first == nil or first == owner or not hand_over() then
+    local token = draw()
+    if not token then return {'exhausted'} end
+    remove(owner)
+    redis.call('SET', lock, owner, 'PX', ttl)
+    return {'granted', token, owner}
+  end
+  -- Somebody who came before has it now.
+end
+
+if how ~= 'try' then
+  read_clock()
+  local grace = tonumber(ARGV[4])
+  if how == 'join' then
+    local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2]
+    redis.call('ZADD', queue, (last or 0) + 1, owner)
+  end
+  redis.call('HSET', waiters, owner, string.format('%.0f %.0f %s', now + grace, grace, ARGV[5]))
+  -- A queue of which nobody is alive doesn't stay.
+  if redis.call('PTTL', queue) < grace then
+    redis.call('PEXPIRE', queue, grace)
+    redis.call('PEXPIRE', waiters, grace)
+  end
+end
+return {'busy', redis.call('PTTL', lock)}

@@ -1,0 +1,159 @@
+//! What a URL says about Redis servers. No I/O.
+
+use std::time::Duration;
+
+use redis::sentinel::{SentinelClientBuilder, SentinelServerType};
+use redis::{Client, ConnectionAddr, IntoConnectionInfo, ProtocolVersion, TlsMode};
+
+use super::single::RedisLocks;
+use crate::error::{Error, ErrorKind, Result};
+
+/// How long a grant waits for replicas unless the URL says.
+const REPLICA_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// A URL, taken apart.
+#[derive(Debug)]
+pub(crate) struct RedisUrl<'a> {
+    /// Over TLS.
+    pub(crate) tls: bool,
+    /// What stands between the scheme and the query.
+    pub(crate) rest: &'a str,
+}
+
+/// What the query says that only this backend understands.
+#[derive(Debug, Default)]
+pub(crate) struct SingleParameters {
+    /// The name of the master that the hosts, which are Sentinels, watch.
+    pub(crate) sentinel: Option<String>,
+    pub(crate) sentinel_username: Option<String>,
+    pub(crate) sentinel_password: Option<String>,
+    /// So many replicas have to have a grant.
+    pub(crate) replicas: Option<u32>,
+    pub(crate) replica_timeout: Option<Duration>,
+}
+
+impl RedisUrl<'_> {
+    /// Locks on one server, or on a master behind Sentinels.
+    pub(crate) fn single(&self, parameters: SingleParameters) -> Result<RedisLocks> {
+        let mut clients = self.clients()?;
+        let locks = match parameters.sentinel {
+            Some(name) => self.sentinel(&clients, name, parameters.sentinel_username, parameters.sentinel_password)?,
+            None if parameters.sentinel_username.is_some() || parameters.sentinel_password.is_some() => {
+                return Err(config("sentinel_username and sentinel_password need sentinel=NAME"));
+            }
+            None if clients.len() > 1 => {
+                return Err(config(
+                    "several hosts in a redis URL are Sentinels, and need sentinel=NAME, the name of the master that they \
+                     watch; for locks on a majority of independent servers write `redlock://`",
+                ));
+            }
+            None => RedisLocks::new(clients.remove(0)),
+        };
+        match (parameters.replicas, parameters.replica_timeout) {
+            (None, None) => Ok(locks),
+            (None, Some(_)) => Err(config("replica_timeout needs replicas=N")),
+            (Some(count), timeout) => locks.wait_for_replicas(count, timeout.unwrap_or(REPLICA_TIMEOUT)),
+        }
+    }
+
+    fn sentinel(
+        &self,
+        sentinels: &[Client],
+        name: String,
+        username: Option<String>,
+        password: Option<String>,
+    ) -> Result<RedisLocks> {
+        let addresses = sentinels.iter().map(|client| client.get_connection_info().addr().clone());
+        let refused = |error| config("the Sentinel settings can't be used").with_source(error);
+        let mut builder =
+            SentinelClientBuilder::new(addresses, name, SentinelServerType::Master).map_err(refused)?;
+        let master = sentinels[0].get_connection_info().redis_settings();
+        builder = builder
+            .set_client_to_redis_db(master.db())
+            .set_client_to_redis_protocol(ProtocolVersion::RESP2);
+        if let Some(username) = master.username() {
+            builder = builder.set_client_to_redis_username(username);
+        }
+        if let Some(password) = master.password() {
+            builder = builder.set_client_to_redis_password(password);
+        }
+        if let Some(username) = username {
+            builder = builder.set_client_to_sentinel_username(username);
+        }
+        if let Some(password) = password {
+            builder = builder.set_client_to_sentinel_password(password);
+        }
+        if self.tls {
+            builder = builder
+                .set_client_to_redis_tls_mode(TlsMode::Secure)
+                .set_client_to_sentinel_tls_mode(TlsMode::Secure);
+        }
+        Ok(RedisLocks::with_sentinel(builder.build().map_err(refused)?))
+    }
+
+    /// A client for each host. User and password of the first host go for those that have none; the database goes for all.
+    pub(crate) fn clients(&self) -> Result<Vec<Client>> {
+        if self.tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
+            return Err(Error::new(
+                ErrorKind::Unsupported,
+                "TLS needs the cargo feature `rustls` or `native-tls`, which this build hasn't got",
+            ));
+        }
+        let authority_and_path = self.rest.strip_prefix("//").ok_or_else(|| {
+            config("a redis URL names its host, as in `redis://127.0.0.1:6379/0`")
+        })?;
+        let (authority, path) = authority_and_path.split_once('/').unwrap_or((authority_and_path, ""));
+        let mut first_login = None;
+        authority
+            .split(',')
+            .map(|host| {
+                let (login, host) = match host.rsplit_once('@') {
+                    Some((login, host)) => (Some(login), host),
+                    None => (None, host),
+                };
+                let login = login.or(first_login);
+                first_login = first_login.or(login);
+                if host.is_empty() {
+                    return Err(config("a host is missing in the URL"));
+                }
+                let scheme = if self.tls { "rediss" } else { "redis" };
+                let login = login.map(|login| format!("{login}@")).unwrap_or_default();
+                open(format!("{scheme}://{login}{host}/{path}").as_str())
+            })
+            .collect()
+    }
+
+    /// The client for a Unix socket, `rest` being its path.
+    pub(crate) fn unix_client(&self, db: Option<&str>, user: Option<&str>, password: Option<&str>) -> Result<Client> {
+        let path = self.rest.strip_prefix("//").unwrap_or(self.rest);
+        if !path.starts_with('/') {
+            return Err(config("the path of a socket is absolute, as in `redis+unix:///run/redis.sock`"));
+        }
+        let db = db.map_or(Ok(0), str::parse).map_err(|_| config("db in the URL must be a number"))?;
+        let refused = |error| config("the socket's settings can't be used").with_source(error);
+        let mut info = ConnectionAddr::Unix(path.into()).into_connection_info().map_err(refused)?;
+        let mut settings = info.redis_settings().clone().set_db(db);
+        if let Some(user) = user {
+            settings = settings.set_username(user);
+        }
+        if let Some(password) = password {
+            settings = settings.set_password(password);
+        }
+        info = info.set_redis_settings(settings);
+        Client::open(info).map_err(refused)
+    }
+}
+
+fn open(url: &str) -> Result<Client> {
+    // The driver's own error may quote what it couldn't read.
+    Client::open(url).map_err(|_| {
+        config(
+            "this is not a redis URL: it is like `redis://user:password@host:6379/0`, with `/`, `@`, `:`, `,` and `#` in \
+             user and password percent-encoded",
+        )
+    })
+}
+
+fn config(message: &'static str) -> Error {
+    Error::new(ErrorKind::Config, message)
+}

@@ -1,0 +1,24 @@
+//! All backends, run through the conformance suite.
+
+mod embedded;
+#[cfg(feature = "redis")]
+mod redis;
+#[cfg(feature = "redis")]
+#[path = "../servers/mod.rs"]
+mod servers;
+
+use std::process::ExitCode;
+
+use fencelock::backend::Backend;
+use fencelock::{LockOptions, LockProvider, Provider, testing};
+
+fn main() -> ExitCode {
+    let mut targets = embedded::targets();
+    #[cfg(feature = "redis")]
+    targets.extend(redis::targets());
+    testing::main(targets)
+}
+
+fn provider(backend: impl Backend, options: LockOptions) -> Box<dyn LockProvider> {
+    Box::new(Provider::builder(backend).options(options).build().expect("these options can be"))
+}
