@@ -11,6 +11,10 @@ source tests/need.sh
 
 need_rust
 need flock util-linux # stands for another program in the tests of `file`
+need setpriv util-linux # lets no server outlive its test
+need redis-server redis-server
+need faketime faketime # moves a server's wall clock
+need openssl openssl # makes certificates
 
 # Library, binaries, tests, examples (built), and the documentation's code.
 cargo test --locked --all-features --no-fail-fast
