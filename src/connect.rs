@@ -14,7 +14,8 @@ use crate::options::LockOptions;
 use crate::redis::{RedisLocks, RedisUrl, Redlock, SingleParameters};
 
 /// Schemes of the backends that are still to come, and the features that they will have.
-const NOT_YET: [(&str, &str); 3] = [("postgres", "postgres"), ("sqlserver", "sqlserver"), ("azblob", "azure")];
+const NOT_YET: [(&str, &str); 3] =
+    [("postgres", "postgres"), ("sqlserver", "sqlserver"), ("azblob", "azure")];
 /// Schemes of the `redis` backends, some of which need TLS.
 #[cfg(not(feature = "redis"))]
 const REDIS: [&str; 4] = ["redis", "rediss", "redis+unix", "redlock"];
@@ -113,7 +114,8 @@ async fn connect_file(rest: &str) -> Result<Box<dyn LockProvider>> {
 async fn connect_redis(tls: bool, rest: &str) -> Result<Box<dyn LockProvider>> {
     let known = ["sentinel", "sentinel_username", "sentinel_password", "replicas", "replica_timeout"];
     let (rest, common, own) = Common::take(rest, &known)?;
-    let [sentinel, sentinel_username, sentinel_password, _, _] = known.map(|key| own.get(key).map(str::to_owned));
+    let [sentinel, sentinel_username, sentinel_password, _, _] =
+        known.map(|key| own.get(key).map(str::to_owned));
     let locks = RedisUrl { tls, rest }.single(SingleParameters {
         sentinel,
         sentinel_username,
@@ -166,7 +168,11 @@ fn unknown(scheme: &str) -> Error {
         return Error::new(ErrorKind::Unsupported, message);
     }
     // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
-    let known = if cfg!(feature = "redis") { "`memory:`, `file:`, `redis:` and `redlock:`" } else { "`memory:` and `file:`" };
+    let known = if cfg!(feature = "redis") {
+        "`memory:`, `file:`, `redis:` and `redlock:`"
+    } else {
+        "`memory:` and `file:`"
+    };
     Error::new(ErrorKind::Config, format!("unknown scheme: this build knows {known}"))
 }
 

@@ -25,6 +25,22 @@ async fn a_renewal_is_due_when_less_than_two_thirds_are_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_to_be_confirmed_is_renewed_once_even_without_renewal() {
+    let server = Faulty::default().wanting_confirmation();
+    let lock = server.provider().create_lock_with("x", options().auto_renew(false));
+    let began = Instant::now();
+    let guard = lock.acquire().await.unwrap();
+    server.once(Op::Renew, Fault::Refuse(ErrorKind::Unavailable)); // the confirmation is tried again
+    assert_eq!(guard.lost().await, Loss::Expired);
+    assert_eq!(server.count(Op::Renew), 2);
+    let held = began.elapsed();
+    assert!(
+        held >= secs(4) && held < ms(4500),
+        "a ttl of 3 s from the confirmation, about 1 s later: {held:?}"
+    );
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_failed_renewal_is_not_a_loss() {
     let server = Faulty::default();
     let guard = server.provider().create_lock_with("x", options()).acquire().await.unwrap();

@@ -32,14 +32,18 @@ pub(super) fn of_request(error: RedisError) -> Error {
 pub(super) fn while_connecting(error: RedisError) -> Error {
     let (kind, message) = match (refusal(&error), error.kind()) {
         (Some(refusal), _) => refusal,
-        (None, Kind::AuthenticationFailed) => (ErrorKind::Denied, "redis doesn't accept the user or the password"),
+        (None, Kind::AuthenticationFailed) => {
+            (ErrorKind::Denied, "redis doesn't accept the user or the password")
+        }
         (None, Kind::InvalidClientConfig | Kind::RESP3NotSupported) => {
             (ErrorKind::Config, "the connection settings can't be used")
         }
         (None, Kind::MasterNameNotFoundBySentinel) => {
             (ErrorKind::Unavailable, "the sentinels know no reachable master of this name")
         }
-        (None, Kind::Server(Server::ResponseError)) => (ErrorKind::Config, "redis refuses the connection's settings"),
+        (None, Kind::Server(Server::ResponseError)) => {
+            (ErrorKind::Config, "redis refuses the connection's settings")
+        }
         (None, _) => (ErrorKind::Unavailable, "redis can't be reached"),
     };
     Error::new(kind, message).with_source(error)
@@ -61,16 +65,22 @@ fn refusal(error: &RedisError) -> Option<(ErrorKind, &'static str)> {
             "redis doesn't let this user do that: see the module's documentation for the commands, keys and channels \
              that locks need",
         )),
-        (_, Some("NOAUTH" | "WRONGPASS")) => Some((ErrorKind::Denied, "redis doesn't accept the user or the password")),
+        (_, Some("NOAUTH" | "WRONGPASS")) => {
+            Some((ErrorKind::Denied, "redis doesn't accept the user or the password"))
+        }
         (Kind::Server(Server::Moved | Server::Ask | Server::CrossSlot | Server::ClusterDown), _) => {
             Some((ErrorKind::Unsupported, CLUSTER))
         }
         (Kind::Server(Server::BusyLoading), _) => unavailable("redis is still loading its data"),
         (Kind::Server(Server::ReadOnly), _) => unavailable("this redis server is a read-only replica"),
-        (Kind::Server(Server::MasterDown | Server::TryAgain), _) => unavailable("this redis server has no master"),
+        (Kind::Server(Server::MasterDown | Server::TryAgain), _) => {
+            unavailable("this redis server has no master")
+        }
         (_, Some("MISCONF")) => unavailable("redis takes no writes, since it can't save its data (MISCONF)"),
         (_, Some("OOM")) => unavailable("redis takes no writes, since its memory is full (OOM)"),
-        (_, Some("NOREPLICAS")) => unavailable("redis takes no writes, since too few replicas are there (NOREPLICAS)"),
+        (_, Some("NOREPLICAS")) => {
+            unavailable("redis takes no writes, since too few replicas are there (NOREPLICAS)")
+        }
         (_, Some("BUSY")) => unavailable("redis is busy with another script (BUSY)"),
         (_, Some("WRONGTYPE")) => {
             Some((ErrorKind::Config, "a key of this lock is used for something else, and isn't a string"))

@@ -102,7 +102,8 @@ mod tests {
 
     #[test]
     fn an_owner_value_can_be_read_back() {
-        let claim = crate::backend::Claim::new("x".into(), crate::backend::Mode::Exclusive, DEAD_FOR).unwrap();
+        let claim =
+            crate::backend::Claim::new("x".into(), crate::backend::Mode::Exclusive, DEAD_FOR).unwrap();
         let value = owner_value(claim.owner, 7);
         assert_eq!(parse_owner_value(&value), Some((claim.owner.to_hex().as_str(), 7)));
         for bad in ["", "x", "x.1", &value[1..], &format!("{}:kept", claim.owner.to_hex())] {

@@ -125,7 +125,8 @@ impl Connected {
         match self {
             Self::Ours(opened) => opened.request(command).await,
             Self::Users(connection) => {
-                let answer = tokio::time::timeout(ANSWER_TIMEOUT, connection.req_packed_command(command)).await;
+                let answer =
+                    tokio::time::timeout(ANSWER_TIMEOUT, connection.req_packed_command(command)).await;
                 answer.unwrap_or_else(|_| Err(timed_out())).and_then(Value::extract_error)
             }
         }
@@ -272,7 +273,9 @@ impl Shared {
 async fn identify(connection: &mut MultiplexedConnection) -> Result<Option<String>> {
     let info: String = match redis::cmd("INFO").arg("server").query_async(connection).await {
         Ok(info) => info,
-        Err(error) if error.kind() == redis::ErrorKind::Server(redis::ServerErrorKind::NoPerm) => return Ok(None),
+        Err(error) if error.kind() == redis::ErrorKind::Server(redis::ServerErrorKind::NoPerm) => {
+            return Ok(None);
+        }
         Err(error) => return Err(failure::while_connecting(error)),
     };
     let field = |name: &str| {

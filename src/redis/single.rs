@@ -206,7 +206,10 @@ impl RedisLocks {
     fn read(&self, answer: Value, owner: &str) -> Result<Reply> {
         read_reply(answer, owner)?.ok_or_else(|| {
             self.link.break_off();
-            Error::new(ErrorKind::Unknown, "the answer doesn't fit the request: the connection is out of step")
+            Error::new(
+                ErrorKind::Unknown,
+                "the answer doesn't fit the request: the connection is out of step",
+            )
         })
     }
 
@@ -384,7 +387,10 @@ fn read_reply(answer: Value, owner: &str) -> Result<Option<Reply>> {
 /// What the renewal script answers.
 pub(super) fn read_renewals(answer: Value) -> Option<Vec<i64>> {
     let Value::Array(answers) = answer else { return None };
-    answers.into_iter().map(|answer| if let Value::Int(answer) = answer { Some(answer) } else { None }).collect()
+    answers
+        .into_iter()
+        .map(|answer| if let Value::Int(answer) = answer { Some(answer) } else { None })
+        .collect()
 }
 
 pub(super) fn check_mode(claim: &Claim) -> Result<()> {

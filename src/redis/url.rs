@@ -37,7 +37,9 @@ impl RedisUrl<'_> {
     pub(crate) fn single(&self, parameters: SingleParameters) -> Result<RedisLocks> {
         let mut clients = self.clients()?;
         let locks = match parameters.sentinel {
-            Some(name) => self.sentinel(&clients, name, parameters.sentinel_username, parameters.sentinel_password)?,
+            Some(name) => {
+                self.sentinel(&clients, name, parameters.sentinel_username, parameters.sentinel_password)?
+            }
             None if parameters.sentinel_username.is_some() || parameters.sentinel_password.is_some() => {
                 return Err(config("sentinel_username and sentinel_password need sentinel=NAME"));
             }
@@ -68,9 +70,8 @@ impl RedisUrl<'_> {
         let mut builder =
             SentinelClientBuilder::new(addresses, name, SentinelServerType::Master).map_err(refused)?;
         let master = sentinels[0].get_connection_info().redis_settings();
-        builder = builder
-            .set_client_to_redis_db(master.db())
-            .set_client_to_redis_protocol(ProtocolVersion::RESP2);
+        builder =
+            builder.set_client_to_redis_db(master.db()).set_client_to_redis_protocol(ProtocolVersion::RESP2);
         if let Some(username) = master.username() {
             builder = builder.set_client_to_redis_username(username);
         }
@@ -99,9 +100,10 @@ impl RedisUrl<'_> {
                 "TLS needs the cargo feature `rustls` or `native-tls`, which this build hasn't got",
             ));
         }
-        let authority_and_path = self.rest.strip_prefix("//").ok_or_else(|| {
-            config("a redis URL names its host, as in `redis://127.0.0.1:6379/0`")
-        })?;
+        let authority_and_path = self
+            .rest
+            .strip_prefix("//")
+            .ok_or_else(|| config("a redis URL names its host, as in `redis://127.0.0.1:6379/0`"))?;
         let (authority, path) = authority_and_path.split_once('/').unwrap_or((authority_and_path, ""));
         let mut first_login = None;
         authority
@@ -124,7 +126,12 @@ impl RedisUrl<'_> {
     }
 
     /// The client for a Unix socket, `rest` being its path.
-    pub(crate) fn unix_client(&self, db: Option<&str>, user: Option<&str>, password: Option<&str>) -> Result<Client> {
+    pub(crate) fn unix_client(
+        &self,
+        db: Option<&str>,
+        user: Option<&str>,
+        password: Option<&str>,
+    ) -> Result<Client> {
         let path = self.rest.strip_prefix("//").unwrap_or(self.rest);
         if !path.starts_with('/') {
             return Err(config("the path of a socket is absolute, as in `redis+unix:///run/redis.sock`"));

@@ -56,6 +56,8 @@ pub(crate) struct Faulty {
     polls: bool,
     /// Hands nothing over in one step.
     never_transfers: bool,
+    /// Wants to hear from whoever was handed the lock.
+    wants_confirmation: bool,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +75,11 @@ impl Faulty {
 
     pub(crate) fn without_transfer(mut self) -> Self {
         self.never_transfers = true;
+        self
+    }
+
+    pub(crate) fn wanting_confirmation(mut self) -> Self {
+        self.wants_confirmation = true;
         self
     }
 
@@ -166,6 +173,7 @@ impl Backend for Faulty {
         let answer = self.meet(call, self.memory.try_claim(claim, wait)).await?;
         Ok(match answer {
             Outcome::Busy { .. } if self.polls => Outcome::Busy { retry_after: None },
+            Outcome::Granted(grant) if self.wants_confirmation => Outcome::Granted(grant.to_be_confirmed()),
             answer => answer,
         })
     }

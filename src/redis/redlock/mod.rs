@@ -3,6 +3,7 @@
 mod ballot;
 mod membership;
 mod node;
+mod standing;
 
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +15,7 @@ use futures_util::stream::FuturesUnordered;
 use redis::{Client, Value};
 
 use self::ballot::{Agreement, Ballot, Verdict, quorum};
-use self::node::{Node, Question, Vote};
+use self::node::{Node, Question, Vote, in_time};
 use super::inbox::{Hears, Place, Places, Subscription};
 use super::keys::{self, Keys, owner_value};
 use super::link::{Link, Source};
@@ -111,7 +112,10 @@ impl Redlock {
             return Err(Error::new(ErrorKind::Config, "redlock needs at least three servers"));
         }
         if addresses.iter().enumerate().any(|(i, address)| addresses[..i].contains(address)) {
-            return Err(Error::new(ErrorKind::Config, "redlock needs independent servers: one is named twice"));
+            return Err(Error::new(
+                ErrorKind::Config,
+                "redlock needs independent servers: one is named twice",
+            ));
         }
         let (channel, places) = (super::new_channel(), Arc::new(Places::default()));
         let node = |client| {
@@ -153,7 +157,7 @@ impl Redlock {
     /// Dropping the future leaves nothing behind but perhaps open connections.
     pub async fn connect(&self) -> Result<()> {
         let (members, errors) = self.shared.admit(Duration::from_secs(2)).await;
-        if members >= quorum(self.shared.nodes.len()) { Ok(()) } else { Err(self.shared.no_majority(errors)) }
+        if members >= quorum(self.shared.nodes.len()) { Ok(()) } else { Err(no_majority(errors)) }
     }
 }
 
@@ -176,21 +180,6 @@ impl Shared {
         let next = |seen: u64| Some(clock.max(seen + 1));
         let before = self.seen.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
         next(before).unwrap_or(clock)
-    }
-
-    fn no_majority(&self, errors: Vec<Error>) -> Error {
-        // What can't be mended by waiting is more to the point.
-        let worst = errors.into_iter().min_by_key(Error::is_retryable);
-        let message = "too few of the redis servers can be reached, or have a vote";
-        match worst {
-            Some(error) if !error.is_retryable() => error,
-            Some(error) => Error::new(ErrorKind::Unavailable, message).with_source(error),
-            None => Error::new(
-                ErrorKind::Unavailable,
-                "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
-                 until the longest TTL has passed",
-            ),
-        }
     }
 
     /// Some node has no vote: sees to it, in the background unless nothing goes without it.
@@ -275,7 +264,7 @@ impl Shared {
         match (yes >= quorum, no >= quorum) {
             (true, _) => Ok(true),
             (false, true) => Ok(false),
-            (false, false) => Err(self.no_majority(errors)),
+            (false, false) => Err(no_majority(errors)),
         }
     }
 
@@ -329,7 +318,9 @@ impl Shared {
         // What did not answer is told, too: on one connection it is done after the claim. What a broken connection leaves
         // behind on a minority runs out.
         let owner = question.owner.clone();
-        let _ = self.tell_all(&script::NODE_RELEASE, question.keys.clone(), vec![owner, "0".into()], patience).await;
+        let _ = self
+            .tell_all(&script::NODE_RELEASE, question.keys.clone(), vec![owner, "0".into()], patience)
+            .await;
         match verdict {
             Verdict::Busy => {
                 // When a majority of them will be free, if nobody renews.
@@ -338,12 +329,17 @@ impl Shared {
                 Ok(Round::Busy(times.get(quorum(self.nodes.len()) - 1).copied()))
             }
             Verdict::Split | Verdict::Won => Ok(Round::Split),
-            Verdict::Unreachable => Err(self.no_majority(errors)),
+            Verdict::Unreachable => Err(no_majority(errors)),
         }
     }
 
     /// Brings a majority to count up to one number. `None`: there is none any more.
-    async fn agree(&self, ballot: &mut Ballot<Vec<u8>>, question: &Question, patience: Duration) -> Option<u64> {
+    async fn agree(
+        &self,
+        ballot: &mut Ballot<Vec<u8>>,
+        question: &Question,
+        patience: Duration,
+    ) -> Option<u64> {
         let (token, behind) = match ballot.agreement() {
             Agreement::Token(token) => return Some(token),
             Agreement::Raise { token, nodes } => (token, nodes),
@@ -370,23 +366,31 @@ impl Shared {
         keys: &Keys,
         mut next: impl FnMut() -> Question,
     ) -> Result<Outcome<RedlockHold>> {
-        let (began, mut backoff) = (Instant::now(), Backoff::new(Duration::from_millis(2), Duration::from_millis(50)));
+        let (began, mut backoff) =
+            (Instant::now(), Backoff::new(Duration::from_millis(2), Duration::from_millis(50)));
         loop {
             match self.round(claim, keys, next()).await? {
                 Round::Granted(grant) => return Ok(Outcome::Granted(grant)),
                 Round::Busy(retry_after) => return Ok(Outcome::Busy { retry_after }),
-                Round::Split if began.elapsed() >= SPLIT_FOR => return Ok(Outcome::Busy { retry_after: None }),
+                Round::Split if began.elapsed() >= SPLIT_FOR => {
+                    return Ok(Outcome::Busy { retry_after: None });
+                }
                 Round::Split => tokio::time::sleep(backoff.next()).await,
             }
         }
     }
 
-    /// Subscribes where it can: a node that can't be subscribed to doesn't wake anybody.
+    /// Listens at a majority of the nodes, if they can be reached: the others don't wake anybody yet.
     async fn listen(&self, patience: Duration) {
-        let ensure = self.nodes.iter().map(|node| async {
-            let _ = tokio::time::timeout(patience, node.subscription.ensure(&node.link)).await; // the votes will show
-        });
-        futures_util::future::join_all(ensure).await;
+        let (quorum, mut listening) = (quorum(self.nodes.len()), 0);
+        self.ask_all(
+            |node| async move { in_time(patience, node.subscription.ensure(&node.link)).await },
+            |_, ensured| {
+                listening += usize::from(ensured.is_ok()); // what is wrong, the votes will show
+                if listening >= quorum { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        )
+        .await;
     }
 }
 
@@ -413,6 +417,21 @@ impl Place<Knocks> {
             }
         };
         let _ = tokio::time::timeout(GATHER, gathered).await; // some may never come
+    }
+}
+
+fn no_majority(errors: Vec<Error>) -> Error {
+    // What can't be mended by waiting is more to the point.
+    let worst = errors.into_iter().min_by_key(Error::is_retryable);
+    let message = "too few of the redis servers can be reached, or have a vote";
+    match worst {
+        Some(error) if !error.is_retryable() => error,
+        Some(error) => Error::new(ErrorKind::Unavailable, message).with_source(error),
+        None => Error::new(
+            ErrorKind::Unavailable,
+            "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
+             until the longest TTL has passed",
+        ),
     }
 }
 
@@ -485,7 +504,10 @@ impl Backend for Redlock {
                     return Err(error);
                 }
             };
-            let nap = left.unwrap_or(Duration::MAX).saturating_add(Duration::from_millis(1)).min(grace(claim.ttl) / 3);
+            let nap = left
+                .unwrap_or(Duration::MAX)
+                .saturating_add(Duration::from_millis(1))
+                .min(grace(claim.ttl) / 3);
             let nap = nap.min(until.remaining());
             let knocked = tokio::time::timeout(nap, place.knocked(quorum)).await.is_ok();
             if until.has_passed() && !knocked {
@@ -507,10 +529,8 @@ impl Backend for Redlock {
 
     async fn renew(&self, due: &[Due<'_, RedlockHold>]) -> Vec<Renewal> {
         let keys: Vec<_> = due.iter().map(|due| due.hold.keys.lock.clone()).collect();
-        let args: Vec<_> = due
-            .iter()
-            .flat_map(|due| [due.hold.owner.0.clone(), millis(due.ttl).to_string()])
-            .collect();
+        let args: Vec<_> =
+            due.iter().flat_map(|due| [due.hold.owner.0.clone(), millis(due.ttl).to_string()]).collect();
         let shortest = due.iter().map(|due| due.ttl).min().unwrap_or_default();
         let (patience, quorum) = (Shared::patience(shortest), quorum(self.shared.nodes.len()));
         let asked = Arc::new((keys, args));
@@ -523,7 +543,9 @@ impl Backend for Redlock {
                 let (keys, args) = &*asked;
                 let args: Vec<_> = args.iter().map(String::as_str).collect();
                 let answer = node.run(&script::RENEW, keys, &args, patience).await?;
-                read_renewals(answer).filter(|answers| answers.len() == keys.len()).ok_or_else(|| node.out_of_step())
+                read_renewals(answer)
+                    .filter(|answers| answers.len() == keys.len())
+                    .ok_or_else(|| node.out_of_step())
             }
         };
         let take = |_, answers: Result<Vec<i64>>| {
@@ -539,7 +561,7 @@ impl Backend for Redlock {
             if decided { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         self.shared.ask_all(ask, take).await;
-        let failed = self.shared.no_majority(errors);
+        let failed = no_majority(errors);
         due.iter()
             .enumerate()
             .map(|(i, due)| {
@@ -571,7 +593,9 @@ impl Backend for Redlock {
         match self.shared.round(to, &hold.keys, question).await {
             Ok(Round::Granted(grant)) => Ok(Some(grant)),
             // Some nodes may have gone over: both sides are to be freed.
-            Ok(Round::Busy(_) | Round::Split) => Err(Error::new(ErrorKind::Unknown, "the lock went over in part only")),
+            Ok(Round::Busy(_) | Round::Split) => {
+                Err(Error::new(ErrorKind::Unknown, "the lock went over in part only"))
+            }
             Err(error) => Err(Error::new(ErrorKind::Unknown, "the transfer has failed").with_source(error)),
         }
     }

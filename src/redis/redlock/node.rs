@@ -6,9 +6,10 @@ use std::time::Duration;
 use redis::Value;
 
 use super::Knocks;
+use super::standing::{Standing, Waits};
 use crate::error::{Error, ErrorKind, Result};
 use crate::redis::inbox::Subscription;
-use crate::redis::link::Link;
+use crate::redis::link::{Connected, Link};
 use crate::redis::script::{self, Script};
 
 #[derive(Debug)]
@@ -22,30 +23,12 @@ pub(super) struct Node {
 pub(super) enum Vote {
     Granted(u64),
     /// Held by this owner, for so long unless they renew.
-    Busy { holder: Vec<u8>, left: Option<Duration> },
+    Busy {
+        holder: Vec<u8>,
+        left: Option<Duration>,
+    },
     /// The node has no vote: it is new, was restarted, or has lost its data.
     Outside,
-}
-
-/// Where a node stands.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Standing {
-    pub(super) run_id: String,
-    /// `None`: it has a vote.
-    pub(super) waits: Option<Waits>,
-    /// The highest token that it has drawn.
-    pub(super) high: u64,
-    /// For how long a lock was ever taken there.
-    pub(super) longest: Duration,
-}
-
-/// What is known of a node that waits for its admission.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Waits {
-    pub(super) number: String,
-    pub(super) since: Duration,
-    /// It has never had a vote, as far as it knows.
-    pub(super) new: bool,
 }
 
 /// A claim as a node is asked.
@@ -72,12 +55,34 @@ impl Node {
         in_time(patience, script.run(&self.link, keys, args)).await
     }
 
+    /// Runs a script of which the first argument is the server's run id. It is the id of the very server that is asked, since
+    /// a restart breaks the connection: over a newer one the script could find the old id in data that came back.
+    async fn run_identified(
+        &self,
+        script: &Script,
+        keys: &[String],
+        args: &[&str],
+        patience: Duration,
+    ) -> Result<Value> {
+        in_time(patience, async {
+            let opened = self.link.opened().await?;
+            let run_id = opened.run_id.clone().ok_or_else(|| {
+                Error::new(
+                    ErrorKind::Denied,
+                    "redlock needs the command INFO, to know when a server was restarted",
+                )
+            })?;
+            let args = [&[&*run_id], args].concat();
+            script.run_over(&mut Connected::Ours(opened), keys, &args).await
+        })
+        .await
+    }
+
     pub(super) async fn vote(&self, question: &Question, proposal: u64, patience: Duration) -> Result<Vote> {
-        let run_id = in_time(patience, self.run_id()).await?;
         let proposal = proposal.to_string();
-        let mut args = vec![&*run_id, &question.owner, &question.from, &question.ttl, &proposal];
+        let mut args = vec![&*question.owner, &question.from, &question.ttl, &proposal];
         args.extend(question.waiter.iter().flatten().map(String::as_str));
-        let answer = self.run(&script::VOTE, &question.keys, &args, patience).await?;
+        let answer = self.run_identified(&script::VOTE, &question.keys, &args, patience).await?;
         self.read_vote(answer)
     }
 
@@ -94,7 +99,10 @@ impl Node {
             [Value::BulkString(word)] if word == b"outside" => Vote::Outside,
             [Value::BulkString(word)] if word == b"exhausted" => return Err(script::exhausted()),
             [Value::BulkString(word)] if word == b"dead" => {
-                return Err(Error::new(ErrorKind::Unavailable, "the claim had been broken off before it arrived"));
+                return Err(Error::new(
+                    ErrorKind::Unavailable,
+                    "the claim had been broken off before it arrived",
+                ));
             }
             _ => return Err(self.out_of_step()),
         })
@@ -102,22 +110,20 @@ impl Node {
 
     /// Whether the counter is at least `token` now, under this owner's lock.
     pub(super) async fn raise(&self, question: &Question, token: u64, patience: Duration) -> Result<bool> {
-        let run_id = in_time(patience, self.run_id()).await?;
-        let args = [&*run_id, &question.owner, &token.to_string()];
-        match self.run(&script::RAISE, &question.keys, &args, patience).await? {
+        let args = [&*question.owner, &token.to_string()];
+        match self.run_identified(&script::RAISE, &question.keys, &args, patience).await? {
             Value::Int(raised) => Ok(raised == 1),
             _ => Err(self.out_of_step()),
         }
     }
 
     pub(super) async fn enlist(&self, key: &[String], number: &str, patience: Duration) -> Result<Standing> {
-        let run_id = in_time(patience, self.run_id()).await?;
-        let answer = self.run(&script::ENLIST, key, &[&run_id, number], patience).await?;
+        let answer = self.run_identified(&script::ENLIST, key, &[number], patience).await?;
         let Value::Array(answer) = answer else { return Err(self.out_of_step()) };
         let millis = |ms: i64| Duration::from_millis(ms.try_into().unwrap_or_default());
         match &*answer {
             [Value::BulkString(_), Value::Int(high), Value::Int(longest)] => {
-                Ok(Standing { run_id, waits: None, high: high.cast_unsigned(), longest: millis(*longest) })
+                Ok(Standing { waits: None, high: high.cast_unsigned(), longest: millis(*longest) })
             }
             [
                 Value::BulkString(_),
@@ -129,17 +135,25 @@ impl Node {
             ] => {
                 let number = String::from_utf8_lossy(number).into_owned();
                 let waits = Some(Waits { number, since: millis(*since), new: *new == 1 });
-                Ok(Standing { run_id, waits, high: high.cast_unsigned(), longest: millis(*longest) })
+                Ok(Standing { waits, high: high.cast_unsigned(), longest: millis(*longest) })
             }
             _ => Err(self.out_of_step()),
         }
     }
 
-    /// The run id of the server at the other end of the present connection: a restart breaks it.
-    async fn run_id(&self) -> Result<String> {
-        self.link.opened().await?.run_id.clone().ok_or_else(|| {
-            Error::new(ErrorKind::Denied, "redlock needs the command INFO, to know when a server was restarted")
-        })
+    /// Gives it its vote, if it still waits for it under this number. Whether it has one now.
+    pub(super) async fn admit(
+        &self,
+        key: &[String],
+        number: &str,
+        [floor, margin, longest]: [&str; 3],
+        patience: Duration,
+    ) -> Result<bool> {
+        let args = [number, floor, margin, longest];
+        match self.run_identified(&script::ADMIT, key, &args, patience).await? {
+            Value::Int(admitted) => Ok(admitted == 1),
+            _ => Err(self.out_of_step()),
+        }
     }
 
     pub(super) fn out_of_step(&self) -> Error {
@@ -148,7 +162,7 @@ impl Node {
     }
 }
 
-async fn in_time<T>(patience: Duration, request: impl Future<Output = Result<T>>) -> Result<T> {
+pub(super) async fn in_time<T>(patience: Duration, request: impl Future<Output = Result<T>>) -> Result<T> {
     tokio::time::timeout(patience, request)
         .await
         .unwrap_or_else(|_| Err(Error::new(ErrorKind::Unknown, "a redis server has not answered in time")))

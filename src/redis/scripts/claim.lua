@@ -6,22 +6,22 @@
 -- Answers {"granted", token, owner}, {"mine", token, owner, ms left}, {"busy", ms left}, {"gone"}, {"dead"} or {"exhausted"}
 local owner, ttl, how = ARGV[1], ARGV[2], ARGV[3]
 
-local holder = redis.call('GET', lock)
-if holder == owner then
-  -- Handed over, and the message is late or lost. Nothing changes, so that this may be asked at any time.
-  return {'mine', tonumber(redis.call('GET', fence)) or draw(), owner, redis.call('PTTL', lock)}
-end
-
-local queued = how == 'stay' and redis.call('ZSCORE', queue, owner)
-if how == 'stay' then
-  -- An owner that was handed the lock before, or dropped from the queue, never comes back.
-  if not queued then return {'gone'} end
-elseif not holder and redis.call('EXISTS', queue, KEYS[5]) == 0 then
+if how ~= 'stay' and redis.call('EXISTS', lock, queue, KEYS[5]) == 0 then
   -- Free, nobody waits, and this owner isn't dead: by far the most frequent case.
   local token = draw()
   if not token then return {'exhausted'} end
   redis.call('SET', lock, owner, 'PX', ttl)
   return {'granted', token, owner}
+end
+
+local holder = redis.call('GET', lock)
+if holder == owner then
+  -- Handed over, and the message is late or lost. Nothing changes, so that this may be asked at any time.
+  return {'mine', tonumber(redis.call('GET', fence)) or draw(), owner, redis.call('PTTL', lock)}
+end
+if how == 'stay' then
+  -- An owner that was handed the lock before, or dropped from the queue, never comes back.
+  if not redis.call('ZSCORE', queue, owner) then return {'gone'} end
 elseif redis.call('EXISTS', KEYS[5]) == 1 then
   return {'dead'} -- broken off before it came here
 end

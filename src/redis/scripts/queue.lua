@@ -51,6 +51,10 @@ end
 -- Gives the lock to the first waiter whose process listens, for its grace: it confirms by a renewal. False: nobody is
 -- there, and the lock is free.
 local function hand_over()
+  if redis.call('EXISTS', queue) == 0 then
+    redis.call('DEL', lock)
+    return false
+  end
   while true do
     local owner, grace, channel = head()
     local token = owner and draw()

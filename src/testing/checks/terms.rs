@@ -51,7 +51,12 @@ pub async fn max_hold_ends_it(subject: Subject) {
     assert!(held <= limit + subject.slack(), "a max_hold of {limit:?} was over after {held:?}");
     let next = joined("the next grant, when the ttl has run out", waiting).await.expect("it is free then");
     let kept = began.elapsed();
-    assert!(kept + Subject::CLOCK_GRAIN >= ttl, "the lock was freed after {kept:?}; its ttl is {ttl:?}");
+    // A backend may promise a little less than the TTL, for clocks that run apart.
+    let drift = ttl / 100 + Duration::from_millis(2);
+    assert!(
+        kept + Subject::CLOCK_GRAIN + drift >= ttl,
+        "the lock was freed after {kept:?}; its ttl is {ttl:?}"
+    );
     let error = within("the release", guard.release()).await.expect_err("it was lost");
     assert_eq!(error.loss(), Some(Loss::MaxHold));
     assert!(!next.is_lost(), "the stale release freed the new holder's lock");
