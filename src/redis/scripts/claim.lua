@@ -38,18 +38,5 @@ if not holder then
   -- Somebody who came before has it now.
 end
 
-if how ~= 'try' then
-  read_clock()
-  local grace = tonumber(ARGV[4])
-  if how == 'join' then
-    local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2]
-    redis.call('ZADD', queue, (last or 0) + 1, owner)
-  end
-  redis.call('HSET', waiters, owner, string.format('%.0f %.0f %s', now + grace, grace, ARGV[5]))
-  -- A queue of which nobody is alive doesn't stay.
-  if redis.call('PTTL', queue) < grace then
-    redis.call('PEXPIRE', queue, grace)
-    redis.call('PEXPIRE', waiters, grace)
-  end
-end
+if how ~= 'try' then line_up(owner, tonumber(ARGV[4]), ARGV[5]) end
 return {'busy', redis.call('PTTL', lock)}

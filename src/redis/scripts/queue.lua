@@ -29,6 +29,21 @@ local function remove(owner)
   redis.call('HDEL', waiters, owner)
 end
 
+-- A waiter takes the last place in the queue, or keeps the one that it has, and counts as alive for its grace.
+local function line_up(owner, grace, channel)
+  read_clock()
+  if not redis.call('ZSCORE', queue, owner) then
+    local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2]
+    redis.call('ZADD', queue, (last or 0) + 1, owner)
+  end
+  redis.call('HSET', waiters, owner, string.format('%.0f %.0f %s', now + grace, grace, channel))
+  -- A queue of which nobody is alive doesn't stay.
+  if redis.call('PTTL', queue) < grace then
+    redis.call('PEXPIRE', queue, grace)
+    redis.call('PEXPIRE', waiters, grace)
+  end
+end
+
 -- The first waiter that is alive; those before it are dropped.
 local function head()
   read_clock()

@@ -10,8 +10,8 @@ local owner, from, ttl, proposal = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber
 if redis.call('HGET', node, 'run') ~= ARGV[1] then return {'outside'} end
 if redis.call('EXISTS', KEYS[5]) == 1 then return {'dead'} end
 
-local holder = redis.call('GET', lock) or ''
-if holder == from then
+local holder = redis.call('GET', lock) -- false if it is free; a foreign program may have it with an empty value
+if holder == (from ~= '' and from) then
   local floor = tonumber(redis.call('HGET', node, 'floor') or 0)
   local counter = math.max((tonumber(redis.call('GET', fence) or 0)) + 1, proposal, floor)
   if counter > 9007199254740991 then return {'exhausted'} end
@@ -22,17 +22,5 @@ if holder == from then
   return {'granted', counter}
 end
 
-if ARGV[6] then
-  read_clock()
-  local waiter, grace = ARGV[6], tonumber(ARGV[7])
-  if not redis.call('ZSCORE', queue, waiter) then
-    local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2]
-    redis.call('ZADD', queue, (last or 0) + 1, waiter)
-  end
-  redis.call('HSET', waiters, waiter, string.format('%.0f %.0f %s', now + grace, grace, ARGV[8]))
-  if redis.call('PTTL', queue) < grace then
-    redis.call('PEXPIRE', queue, grace)
-    redis.call('PEXPIRE', waiters, grace)
-  end
-end
-return {'busy', holder, redis.call('PTTL', lock)}
+if ARGV[6] then line_up(ARGV[6], tonumber(ARGV[7]), ARGV[8]) end
+return {'busy', holder or '', redis.call('PTTL', lock)}
