@@ -48,6 +48,8 @@ pub struct Capabilities {
     /// Whether the backend itself sees to [`hold_at_least`](crate::LockOptions::hold_at_least), so that it outlives the
     /// provider and the process that asked for it (of `memory` nothing outlives the process). If not, the process does.
     pub keeps_after_exit: bool,
+    /// The longest [`hold_at_least`](crate::LockOptions::hold_at_least) that it takes.
+    pub max_hold_at_least: Duration,
     /// Whether a release wakes the next waiter, in whatever process. If not, waiters poll.
     pub wakes_waiters: bool,
     /// In which order processes get a lock.
@@ -65,6 +67,7 @@ impl Capabilities {
             shared: false,
             permits: false,
             keeps_after_exit: false,
+            max_hold_at_least: Duration::MAX,
             wakes_waiters: false,
             fairness: Fairness::None,
         }
@@ -88,6 +91,13 @@ impl Capabilities {
     #[must_use]
     pub const fn keeps_after_exit(mut self, keeps: bool) -> Self {
         self.keeps_after_exit = keeps;
+        self
+    }
+
+    /// Sets [`max_hold_at_least`](Self::max_hold_at_least).
+    #[must_use]
+    pub const fn max_hold_at_least(mut self, limit: Duration) -> Self {
+        self.max_hold_at_least = limit;
         self
     }
 

@@ -90,7 +90,7 @@ impl LockOptions {
     /// # Errors
     ///
     /// [`ErrorKind::Config`]: the TTL is outside the backend's range; `max_hold` is zero, or shorter than
-    /// `hold_at_least`; `hold_at_least` is longer than a TTL that isn't renewed, or than 100 years.
+    /// `hold_at_least`; `hold_at_least` is longer than a TTL that isn't renewed, than the backend's maximum, or than 100 years.
     pub fn validate(&self, capabilities: &Capabilities) -> Result<()> {
         Terms::new(self, capabilities).map(drop)
     }
@@ -142,6 +142,9 @@ impl Terms {
             "a max_hold of zero would lose the lock before the job begins".to_owned()
         } else if hold_at_least > LONGEST {
             format!("a hold_at_least of {hold_at_least:?} can't be represented")
+        } else if hold_at_least > capabilities.max_hold_at_least {
+            let max = capabilities.max_hold_at_least;
+            format!("a hold_at_least of {hold_at_least:?} is above this backend's maximum of {max:?}")
         } else if let Some(limit) = terms.max_hold.filter(|&limit| hold_at_least > limit) {
             format!("hold_at_least ({hold_at_least:?}) is longer than max_hold ({limit:?})")
         } else if !terms.auto_renew && hold_at_least > ttl {
@@ -161,7 +164,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     fn capabilities() -> Capabilities {
-        Capabilities::new(SECOND, 60 * SECOND, Expiry::Ttl)
+        Capabilities::new(SECOND, 60 * SECOND, Expiry::Ttl).max_hold_at_least(3600 * SECOND)
     }
 
     #[test]
@@ -190,6 +193,7 @@ mod tests {
             (new().max_hold(SECOND).hold_at_least(2 * SECOND), "longer than max_hold"),
             (new().auto_renew(false).ttl(SECOND).hold_at_least(2 * SECOND), "isn't renewed"),
             (new().hold_at_least(Duration::MAX), "can't be represented"),
+            (new().hold_at_least(3601 * SECOND), "hold_at_least of 3601s is above this backend's maximum"),
         ] {
             let error = wrong.validate(&capabilities()).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Config);

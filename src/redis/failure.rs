@@ -29,7 +29,7 @@ pub(super) fn of_request(error: RedisError) -> Error {
 }
 
 /// An error of setting up a connection: nothing that matters was sent.
-pub(super) fn while_connecting(error: RedisError) -> Error {
+pub(super) fn of_opening(error: RedisError) -> Error {
     let (kind, message) = match (refusal(&error), error.kind()) {
         (Some(refusal), _) => refusal,
         (None, Kind::AuthenticationFailed) => {
@@ -56,15 +56,21 @@ pub(super) fn cluster() -> Error {
     Error::new(ErrorKind::Unsupported, CLUSTER)
 }
 
+const NO_RIGHT: &str = "redis doesn't let this user do that: see the module's documentation for the commands, keys and \
+                        channels that locks need";
+
+/// What a user may not do within a script is an error without a code of its own, up to Redis 7.0.
+fn is_denied_in_script(error: &RedisError) -> bool {
+    error.code() == Some("ERR")
+        && error.detail().is_some_and(|detail| detail.starts_with("The user executing the script can't"))
+}
+
 /// What the server says when it has not carried a request out: the scripts write only once nothing can go wrong any more.
 fn refusal(error: &RedisError) -> Option<(ErrorKind, &'static str)> {
     let unavailable = |message| Some((ErrorKind::Unavailable, message));
     match (error.kind(), error.code()) {
-        (Kind::Server(Server::NoPerm), _) => Some((
-            ErrorKind::Denied,
-            "redis doesn't let this user do that: see the module's documentation for the commands, keys and channels \
-             that locks need",
-        )),
+        (Kind::Server(Server::NoPerm), _) => Some((ErrorKind::Denied, NO_RIGHT)),
+        _ if is_denied_in_script(error) => Some((ErrorKind::Denied, NO_RIGHT)),
         (_, Some("NOAUTH" | "WRONGPASS")) => {
             Some((ErrorKind::Denied, "redis doesn't accept the user or the password"))
         }

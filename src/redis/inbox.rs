@@ -5,27 +5,34 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use futures_util::StreamExt;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
+use super::flight::Flight;
 use super::keys::parse_owner_value;
-use super::link::Link;
-use crate::backend::{Claim, OwnerId};
+use super::link::{Link, OPEN_TIMEOUT};
+use crate::backend::{Claim, Instant, OwnerId};
 use crate::engine::lock;
 use crate::engine::worker::OnDrop;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 
 /// Who waits for messages in this process, by owner.
 #[derive(Debug)]
 pub(super) struct Places<P> {
     places: Mutex<HashMap<String, Arc<Place<P>>>>,
+    /// When it is looked at again for places that are no use any more.
+    sweep_at: Mutex<Instant>,
 }
+
+/// How often that is.
+const SWEEP_EVERY: Duration = Duration::from_secs(10);
 
 impl<P> Default for Places<P> {
     fn default() -> Self {
-        Self { places: Mutex::default() }
+        Self { places: Mutex::default(), sweep_at: Mutex::new(Instant::now() + SWEEP_EVERY) }
     }
 }
 
@@ -34,6 +41,8 @@ impl<P> Default for Places<P> {
 pub(super) struct Place<P> {
     pub(super) state: Mutex<P>,
     heard: Notify,
+    /// Once it is being abandoned: when that is given up at the latest.
+    given_up_at: Mutex<Option<Instant>>,
 }
 
 /// What a message can change.
@@ -47,13 +56,25 @@ impl<P> Place<P> {
     pub(super) async fn heard(&self) {
         self.heard.notified().await;
     }
+
+    /// Somebody tries to abandon it, for no longer than the TTL.
+    pub(super) fn is_abandoned(&self, ttl: Duration) {
+        lock(&self.given_up_at).get_or_insert_with(|| Instant::now() + ttl * 2);
+    }
 }
 
 impl<P: Hears> Places<P> {
     /// The place of this claim, which it keeps until it [leaves](Self::leave).
     pub(super) fn enter(&self, claim: &Claim, state: impl FnOnce() -> P) -> Arc<Place<P>> {
-        let new = || Arc::new(Place { state: Mutex::new(state()), heard: Notify::new() });
-        lock(&self.places).entry(claim.owner.to_hex()).or_insert_with(new).clone()
+        let new =
+            || Place { state: Mutex::new(state()), heard: Notify::new(), given_up_at: Mutex::default() };
+        let mut places = lock(&self.places);
+        let mut sweep_at = lock(&self.sweep_at);
+        if sweep_at.has_passed() {
+            *sweep_at = Instant::now() + SWEEP_EVERY;
+            places.retain(|_, place| !lock(&place.given_up_at).is_some_and(Instant::has_passed));
+        }
+        places.entry(claim.owner.to_hex()).or_insert_with(|| Arc::new(new())).clone()
     }
 
     pub(super) fn get(&self, owner: OwnerId) -> Option<Arc<Place<P>>> {
@@ -87,8 +108,7 @@ pub(super) struct Subscription<P> {
     channel: Arc<str>,
     places: Arc<Places<P>>,
     current: Arc<Mutex<Option<Live>>>,
-    /// Whoever has it subscribes.
-    subscribing: Arc<tokio::sync::Mutex<()>>,
+    subscribing: Flight,
 }
 
 struct Live {
@@ -107,7 +127,7 @@ impl Drop for Live {
 impl<P: Hears> Subscription<P> {
     /// `channel` is this provider's alone.
     pub(super) fn new(channel: Arc<str>, places: Arc<Places<P>>) -> Self {
-        Self { channel, places, current: Arc::default(), subscribing: Arc::default() }
+        Self { channel, places, current: Arc::default(), subscribing: Flight::new(OPEN_TIMEOUT) }
     }
 
     pub(super) fn channel(&self) -> &str {
@@ -131,39 +151,35 @@ impl<P: Hears> Subscription<P> {
         if self.is_live(generation) {
             return Ok(());
         }
-        let subscribing = self.subscribing.clone().lock_owned().await;
-        if self.is_live(generation) {
-            return Ok(());
-        }
-        // In a task of its own: who gives up waiting must not set back all others.
-        let (link, channel) = (link.clone(), self.channel.clone());
-        let (places, current) = (self.places.clone(), self.current.clone());
-        let task = tokio::spawn(async move {
-            let _subscribing = subscribing;
-            let (sink, mut messages) = link.subscribe(&channel).await?;
-            let ended = Arc::new(AtomicBool::new(false));
-            let end = OnDrop(Some({
-                let (ended, places) = (ended.clone(), places.clone());
-                move || {
-                    ended.store(true, Ordering::Release);
-                    places.wake_all();
-                }
-            }));
-            let reader = tokio::spawn(async move {
-                let _end = end;
-                while let Some(message) = messages.next().await {
-                    if let Ok(message) = message.get_payload::<String>() {
-                        places.deliver(&message);
+        let attempt = || {
+            let (link, channel) = (link.clone(), self.channel.clone());
+            let (places, current) = (self.places.clone(), self.current.clone());
+            async move {
+                let (sink, mut messages) = link.subscribe(&channel).await?;
+                let ended = Arc::new(AtomicBool::new(false));
+                let end = OnDrop(Some({
+                    let (ended, places) = (ended.clone(), places.clone());
+                    move || {
+                        ended.store(true, Ordering::Release);
+                        places.wake_all();
                     }
-                }
-                drop(sink); // until here it has kept the connection open
-            });
-            *lock(&current) = Some(Live { generation, ended, reader: reader.abort_handle() });
-            Ok(())
-        });
-        task.await.unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Unavailable, "the runtime that subscribed is gone"))
-        })
+                }));
+                let reader = tokio::spawn(async move {
+                    let _end = end;
+                    while let Some(message) = messages.next().await {
+                        if let Ok(message) = message.get_payload::<String>() {
+                            places.deliver(&message);
+                        }
+                    }
+                    drop(sink); // until here it has kept the connection open
+                });
+                *lock(&current) = Some(Live { generation, ended, reader: reader.abort_handle() });
+                Ok(())
+            }
+        };
+        self.subscribing.join(attempt).await?;
+        self.subscribing.succeeds();
+        Ok(())
     }
 }
 

@@ -13,8 +13,11 @@ const ESCAPED: &AsciiSet = &AsciiSet::EMPTY.add(b'{').add(b'}').add(b'%');
 /// Length of an [`OwnerId`] in hexadecimal digits.
 const HEX_LEN: usize = 32;
 
-/// A broken-off claim is refused for at least so long: a server may carry it out well after its connection is gone.
+/// A broken-off claim is refused for at least so long: a server may carry it out well after its connection is gone, if it
+/// stood still.
 const DEAD_FOR: Duration = Duration::from_secs(60);
+/// And for no longer, however long the TTL: each one is a key on the server.
+const DEAD_FOR_AT_MOST: Duration = Duration::from_secs(600);
 
 /// The key of a lock on the server: `fencelock:{NAME}`, of which the value is the owner and the expiry is the TTL.
 ///
@@ -63,7 +66,7 @@ impl Keys {
 
 /// For how long the claims of an owner that was broken off are refused.
 pub(super) fn dead_for(ttl: Duration) -> Duration {
-    ttl.max(DEAD_FOR)
+    ttl.clamp(DEAD_FOR, DEAD_FOR_AT_MOST)
 }
 
 /// The value of a lock: the attempt, and which generation of it.

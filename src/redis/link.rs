@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use redis::aio::{ConnectionLike, MultiplexedConnection, PubSubSink, PubSubStream};
@@ -12,14 +12,14 @@ use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
 use tokio::task::AbortHandle;
 
 use super::failure;
+use super::flight::Flight;
 use crate::clock::Instant;
-use crate::engine::backoff::Backoff;
 use crate::engine::lock;
 use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How long opening a connection may take, finding the master and logging in included.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an answer may take before its connection counts as broken.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Who gives up a request after so long without an answer has reason to doubt the connection.
@@ -51,19 +51,13 @@ pub(super) struct Link {
 }
 
 struct Shared {
-    source: Source,
+    source: Arc<Source>,
     current: Mutex<Option<Arc<Opened>>>,
-    /// Whoever has it opens a connection.
-    opening: Arc<tokio::sync::Mutex<Opening>>,
+    opening: Flight,
     /// How many connections there have been.
     generation: AtomicU64,
-}
-
-/// What came of the attempts to open a connection since the last success.
-struct Opening {
-    backoff: Backoff,
-    failed: Option<(Instant, Error)>,
-    not_before: Instant,
+    /// Whether the server behind a connection of the user's has been looked at.
+    users_is_known: AtomicBool,
 }
 
 /// An open connection.
@@ -74,6 +68,10 @@ pub(super) struct Opened {
     pub(super) run_id: Option<String>,
     since: Instant,
     broken: Arc<AtomicBool>,
+    /// A request has been answered: this server does what it is asked.
+    works: AtomicBool,
+    /// Where it is from.
+    link: Weak<Shared>,
     /// Lives on the runtime that serves the connection, and says so when that is gone.
     anchor: AbortHandle,
 }
@@ -102,8 +100,20 @@ impl Opened {
         }));
         let answer = self.connection.clone().req_packed_command(command).await.and_then(Value::extract_error);
         unanswered.0 = None;
-        if answer.as_ref().is_err_and(failure::spoils_connection) {
-            self.break_off();
+        match &answer {
+            Ok(_) if !self.works.swap(true, Ordering::Relaxed) => {
+                if let Some(link) = self.link.upgrade() {
+                    link.opening.succeeds();
+                }
+            }
+            Err(error) if failure::spoils_connection(error) => {
+                // Another one at once may do no better.
+                if let Some(link) = self.link.upgrade().filter(|_| !self.works.load(Ordering::Relaxed)) {
+                    link.opening.fails(failure::of_opening(error.clone()));
+                }
+                self.break_off();
+            }
+            _ => {}
         }
         answer
     }
@@ -135,27 +145,41 @@ impl Connected {
 
 impl Link {
     pub(super) fn new(source: Source) -> Self {
-        let opening =
-            Opening { backoff: Backoff::between_retries(), failed: None, not_before: Instant::now() };
-        Self {
-            shared: Arc::new(Shared {
-                source,
-                current: Mutex::default(),
-                opening: Arc::new(tokio::sync::Mutex::new(opening)),
-                generation: AtomicU64::new(0),
-            }),
-        }
+        Self::of(Arc::new(source))
     }
 
-    /// Whether it can be subscribed over: not where all there is is a connection of the user's.
-    pub(super) fn can_subscribe(&self) -> bool {
-        !matches!(self.shared.source, Source::Connection(_))
+    fn of(source: Arc<Source>) -> Self {
+        let shared = Shared {
+            source,
+            current: Mutex::default(),
+            opening: Flight::new(OPEN_TIMEOUT),
+            generation: AtomicU64::new(0),
+            users_is_known: AtomicBool::new(false),
+        };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// Another connection to the same server.
+    pub(super) fn another(&self) -> Self {
+        Self::of(self.shared.source.clone())
+    }
+
+    /// Whether there can be other connections, such as to subscribe over: not where all there is is one of the user's.
+    pub(super) fn can_open_more(&self) -> bool {
+        !matches!(*self.shared.source, Source::Connection(_))
     }
 
     /// The connection that requests travel over at present.
     pub(super) async fn connected(&self) -> Result<Connected> {
-        match &self.shared.source {
-            Source::Connection(users) => Ok(Connected::Users(users.share())),
+        match &*self.shared.source {
+            Source::Connection(users) => {
+                let mut connection = Connected::Users(users.share());
+                if !self.shared.users_is_known.load(Ordering::Acquire) {
+                    identify(&mut connection).await?;
+                    self.shared.users_is_known.store(true, Ordering::Release);
+                }
+                Ok(connection)
+            }
             Source::Client(_) | Source::Sentinel(_) => Ok(Connected::Ours(self.opened().await?)),
         }
     }
@@ -172,41 +196,9 @@ impl Link {
         if let Some(opened) = self.shared.usable() {
             return Ok(opened);
         }
-        let asked = Instant::now();
-        let mut opening = self.shared.opening.clone().lock_owned().await;
-        if let Some(opened) = self.shared.usable() {
-            return Ok(opened);
-        }
-        if let Some((at, error)) = &opening.failed
-            && (*at >= asked || !opening.not_before.has_passed())
-        {
-            return Err(error.duplicate());
-        }
-        // In a task of its own: who gives up waiting must not set back all others.
-        let shared = self.shared.clone();
-        let task = tokio::spawn(async move {
-            let opened = match tokio::time::timeout(OPEN_TIMEOUT, shared.open()).await {
-                Ok(opened) => opened,
-                Err(_) => Err(Error::new(ErrorKind::Unavailable, "redis doesn't answer")),
-            };
-            match opened {
-                Ok(opened) => {
-                    let opened = Arc::new(opened);
-                    opening.failed = None;
-                    opening.backoff.reset();
-                    *lock(&shared.current) = Some(opened.clone());
-                    Ok(opened)
-                }
-                Err(error) => {
-                    opening.not_before = Instant::now() + opening.backoff.next();
-                    opening.failed = Some((Instant::now(), error.duplicate()));
-                    Err(error)
-                }
-            }
-        });
-        task.await.unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Unavailable, "the runtime that opened the connection is gone"))
-        })
+        let shared = &self.shared;
+        shared.opening.join(|| shared.clone().open()).await?;
+        shared.usable().ok_or_else(|| Error::new(ErrorKind::Unavailable, "the connection broke at once"))
     }
 
     /// Another connection, which is subscribed to a channel.
@@ -217,10 +209,7 @@ impl Link {
             sink.subscribe(channel).await?;
             Ok((sink, messages))
         };
-        match tokio::time::timeout(OPEN_TIMEOUT, subscribe).await {
-            Ok(subscribed) => subscribed.map_err(failure::while_connecting),
-            Err(_) => Err(Error::new(ErrorKind::Unavailable, "redis doesn't answer")),
-        }
+        subscribe.await.map_err(failure::of_opening)
     }
 
     /// Which connection is the present one.
@@ -235,7 +224,8 @@ impl Shared {
     }
 
     async fn client(&self) -> Result<Client, RedisError> {
-        match &self.source {
+        install_cryptography();
+        match &*self.source {
             Source::Client(client) => Ok(client.clone()),
             Source::Sentinel(sentinels) => sentinels.lock().await.async_get_client().await,
             Source::Connection(_) => {
@@ -244,16 +234,16 @@ impl Shared {
         }
     }
 
-    async fn open(&self) -> Result<Opened> {
-        let client = self.client().await.map_err(failure::while_connecting)?;
+    async fn open(self: Arc<Self>) -> Result<()> {
+        let client = self.client().await.map_err(failure::of_opening)?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(None) // ours covers all of it
             .set_response_timeout(Some(ANSWER_TIMEOUT));
-        let mut connection = client
+        let connection = client
             .get_multiplexed_async_connection_with_config(&config)
             .await
-            .map_err(failure::while_connecting)?;
-        let run_id = identify(&mut connection).await?;
+            .map_err(failure::of_opening)?;
+        let run_id = identify(&mut Connected::Users(Box::new(connection.clone()))).await?;
         let broken = Arc::new(AtomicBool::new(false));
         let gone = OnDrop(Some({
             let broken = broken.clone();
@@ -265,19 +255,33 @@ impl Shared {
         });
         let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
         let (anchor, since) = (anchor.abort_handle(), Instant::now());
-        Ok(Opened { connection, generation, run_id, since, broken, anchor })
+        let (works, link) = (AtomicBool::new(false), Arc::downgrade(&self));
+        let opened = Opened { connection, generation, run_id, since, broken, works, link, anchor };
+        *lock(&self.current) = Some(Arc::new(opened));
+        Ok(())
+    }
+}
+
+/// rustls doesn't choose by itself where features of others bring it several providers. The application's own stays.
+fn install_cryptography() {
+    #[cfg(feature = "rustls")]
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        let _ = rustls::crypto::ring::default_provider().install_default(); // another was faster
     }
 }
 
 /// Asks the server what it is. Its run id, if the user may know.
-async fn identify(connection: &mut MultiplexedConnection) -> Result<Option<String>> {
-    let info: String = match redis::cmd("INFO").arg("server").query_async(connection).await {
+async fn identify(connection: &mut Connected) -> Result<Option<String>> {
+    let mut info = redis::cmd("INFO");
+    let info = match connection.request(info.arg("server")).await {
         Ok(info) => info,
         Err(error) if error.kind() == redis::ErrorKind::Server(redis::ServerErrorKind::NoPerm) => {
             return Ok(None);
         }
-        Err(error) => return Err(failure::while_connecting(error)),
+        Err(error) => return Err(failure::of_opening(error)),
     };
+    // A connection to a whole cluster has as many answers as nodes.
+    let Ok(info) = redis::from_redis_value::<String>(info) else { return Err(failure::cluster()) };
     let field = |name: &str| {
         info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::to_owned)
     };
@@ -297,7 +301,7 @@ fn timed_out() -> RedisError {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let source = match &self.shared.source {
+        let source = match &*self.shared.source {
             Source::Client(client) => client.get_connection_info().addr().to_string(),
             Source::Sentinel(_) => "sentinel".to_owned(),
             Source::Connection(_) => "connection".to_owned(),

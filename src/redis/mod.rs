@@ -66,6 +66,7 @@
 //! both TLS features on, rustls is used.
 
 mod failure;
+mod flight;
 mod inbox;
 mod keys;
 mod link;

@@ -15,7 +15,7 @@ use super::waiting::{Granted, Reply, Step, Waiting, grace, millis};
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Mode, Outcome, Released, Renewal};
 use crate::capabilities::{Capabilities, Expiry, Fairness};
 use crate::engine::backoff::jitter;
-use crate::engine::lock;
+use crate::engine::{current_runtime, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 use crate::guard::Loss;
@@ -42,7 +42,16 @@ pub struct RedisLocks {
     /// `None`: over a connection of the user's nobody can be woken.
     subscription: Option<Subscription<Waiter>>,
     places: Arc<Places<Waiter>>,
-    replicas: Option<(u32, Duration)>,
+    replicas: Option<Replicas>,
+}
+
+/// How many replicas have to have a grant.
+#[derive(Debug)]
+struct Replicas {
+    count: u32,
+    timeout: Duration,
+    /// A connection of its own: what follows a `WAIT` on the same one stands behind it, renewals included.
+    link: Link,
 }
 
 /// What identifies a grant of [`RedisLocks`].
@@ -90,12 +99,11 @@ impl Place<Waiter> {
         lock(&self.state).handed.is_some()
     }
 
-    fn next_question(&self, claim: &Claim) -> (String, How, Instant) {
+    fn next_question(&self, claim: &Claim) -> (String, How) {
         let mut waiter = lock(&self.state);
-        let now = Instant::now();
-        waiter.waiting.asks(now);
+        waiter.waiting.asks(Instant::now());
         let how = if waiter.waiting.has_joined() { How::Stay } else { How::Join };
-        (owner_value(claim.owner, waiter.waiting.generation()), how, now)
+        (owner_value(claim.owner, waiter.waiting.generation()), how)
     }
 
     fn answered(&self, sent: Instant, reply: Reply) -> Step<Instant> {
@@ -151,7 +159,7 @@ impl RedisLocks {
         let link = Arc::new(Link::new(source));
         let places = Arc::new(Places::default());
         let subscription =
-            link.can_subscribe().then(|| Subscription::new(super::new_channel(), places.clone()));
+            link.can_open_more().then(|| Subscription::new(super::new_channel(), places.clone()));
         Self { link, subscription, places, replicas: None }
     }
 
@@ -159,11 +167,13 @@ impl RedisLocks {
     /// on the replica that takes over, if that is one of them. A grant that too few have is taken back, and fails with
     /// [`Unknown`](ErrorKind::Unknown), which is retried within [`retry_for`](crate::LockOptions::retry_for).
     ///
-    /// It costs each grant two round trips more, and all commands of the provider stand behind it. Default: none.
+    /// It costs each grant two round trips more, over a connection of their own, on which one grant waits behind another.
+    /// Default: none.
     ///
     /// # Errors
     ///
-    /// [`Config`](ErrorKind::Config) for a count of zero and a timeout out of range.
+    /// [`Config`](ErrorKind::Config) for a count of zero, a timeout out of range, and locks over a
+    /// [connection](Self::with_connection) of your own.
     pub fn wait_for_replicas(mut self, count: u32, timeout: Duration) -> Result<Self> {
         if count == 0 || timeout < Duration::from_millis(1) || timeout > MAX_REPLICA_WAIT {
             return Err(Error::new(
@@ -171,7 +181,13 @@ impl RedisLocks {
                 "waiting for replicas needs a count of at least 1 and a timeout from 1 ms to 1 s",
             ));
         }
-        self.replicas = Some((count, timeout));
+        if !self.link.can_open_more() {
+            return Err(Error::new(
+                ErrorKind::Config,
+                "waiting for replicas takes a connection of its own: make the locks of a client",
+            ));
+        }
+        self.replicas = Some(Replicas { count, timeout, link: self.link.another() });
         Ok(self)
     }
 
@@ -186,6 +202,7 @@ impl RedisLocks {
     ///
     /// Dropping the future leaves nothing behind but perhaps an open connection.
     pub async fn connect(&self) -> Result<()> {
+        current_runtime()?;
         self.link.connected().await.map(drop)
     }
 
@@ -242,11 +259,12 @@ impl RedisLocks {
             if let Some((owner, granted)) = place.take_handed(claim) {
                 return self.grant(claim, keys.clone(), owner, granted).await;
             }
-            let (owner, how, sent) = place.next_question(claim);
+            let (owner, how) = place.next_question(claim);
             let question = async {
                 // Whoever asks before it listens may miss the answer.
                 subscription.ensure(&self.link).await?;
-                self.ask(claim, keys, &owner, how).await
+                let sent = Instant::now();
+                self.ask(claim, keys, &owner, how).await.map(|reply| (sent, reply))
             };
             tokio::pin!(question);
             // A question is asked to the end, since it may not be repeated, unless it turns out to be answered.
@@ -265,14 +283,17 @@ impl RedisLocks {
             };
             let nap = match answer {
                 None => continue,
-                Some(Ok(reply)) => match place.answered(sent, reply) {
+                Some(Ok((sent, reply))) => match place.answered(sent, reply) {
                     Step::Granted(granted) => {
                         if matches!(reply, Reply::Mine { .. }) {
                             subscription.doubt(); // it should have been in a message
                         }
                         return self.grant(claim, keys.clone(), owner.clone(), granted).await;
                     }
-                    Step::StartOver => continue,
+                    Step::StartOver => {
+                        subscription.doubt(); // perhaps it was dropped because nobody seemed to listen
+                        continue;
+                    }
                     Step::Wait(time) => time,
                 },
                 Some(Err(error)) => self.ride_out(claim, place, error).await?,
@@ -303,9 +324,11 @@ impl RedisLocks {
         if error.is_retryable() && !alive_until.has_passed() {
             return Ok(interval / 4 + jitter(interval / 4));
         }
-        // Whoever sees this abandons the claim only if its outcome is unknown.
-        let _ = self.abandon(claim).await; // nothing better to be done
-        Err(error)
+        // One of the questions may have been carried out. Unless that is cleared up here, it has to be abandoned.
+        if !error.is_retryable() && self.abandon(claim).await.is_ok() {
+            return Err(error);
+        }
+        Err(Error::new(ErrorKind::Unknown, "a waiting claim has failed").with_source(error))
     }
 
     async fn grant(
@@ -315,8 +338,8 @@ impl RedisLocks {
         owner: String,
         mut granted: Granted<Instant>,
     ) -> Result<Outcome<RedisHold>> {
-        if let Some((count, timeout)) = self.replicas {
-            granted.until = self.replicate(&keys, &owner, claim.ttl, count, timeout).await?;
+        if let Some(replicas) = &self.replicas {
+            granted.until = replicas.wait(&keys, &owner, claim.ttl).await?;
             granted.to_be_confirmed = false;
         }
         let token = FencingToken::new(granted.token)
@@ -325,17 +348,12 @@ impl RedisLocks {
         let grant = Grant::lease(RedisHold { keys, owner: Owner(owner) }, token, granted.until);
         Ok(Outcome::Granted(if granted.to_be_confirmed { grant.to_be_confirmed() } else { grant }))
     }
+}
 
-    /// Waits until the grant is on so many replicas; until when it stands then. `WAIT` looks at what its own connection
-    /// has written, and what was handed over another one has: hence the renewal before it.
-    async fn replicate(
-        &self,
-        keys: &Keys,
-        owner: &str,
-        ttl: Duration,
-        count: u32,
-        timeout: Duration,
-    ) -> Result<Instant> {
+impl Replicas {
+    /// Waits until they have the grant; until when it stands then. `WAIT` looks at what its own connection has written, and
+    /// what was handed over another one has: hence the renewal before it.
+    async fn wait(&self, keys: &Keys, owner: &str, ttl: Duration) -> Result<Instant> {
         let unknown = |message| Error::new(ErrorKind::Unknown, message);
         let failed = |error: Error| unknown("the wait for replicas failed").with_source(error);
         let mut connected = self.link.connected().await.map_err(failed)?;
@@ -348,10 +366,10 @@ impl RedisLocks {
             return Err(unknown("the grant was gone before the replicas had it"));
         }
         let mut wait = redis::cmd("WAIT");
-        wait.arg(count).arg(millis(timeout));
+        wait.arg(self.count).arg(millis(self.timeout));
         let have = connected.request(&wait).await.map_err(super::failure::of_request).map_err(failed)?;
         match have {
-            Value::Int(have) if have >= i64::from(count) => Ok(sent + super::waiting::whole_millis(ttl)),
+            Value::Int(have) if have >= i64::from(self.count) => Ok(sent + super::waiting::whole_millis(ttl)),
             _ => Err(unknown("too few replicas have the grant: it is taken back")),
         }
     }
@@ -438,6 +456,7 @@ impl Backend for RedisLocks {
         let keys = Keys::new(&claim.name);
         let (generation, joined) = match self.places.get(claim.owner) {
             Some(place) => {
+                place.is_abandoned(claim.ttl);
                 let waiter = lock(&place.state);
                 (waiter.waiting.generation(), waiter.waiting.has_joined())
             }

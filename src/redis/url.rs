@@ -37,6 +37,9 @@ impl RedisUrl<'_> {
     pub(crate) fn single(&self, parameters: SingleParameters) -> Result<RedisLocks> {
         let mut clients = self.clients()?;
         let locks = match parameters.sentinel {
+            Some(name) if name.is_empty() => {
+                return Err(config("sentinel=NAME needs the name of the master that the Sentinels watch"));
+            }
             Some(name) => {
                 self.sentinel(&clients, name, parameters.sentinel_username, parameters.sentinel_password)?
             }
@@ -88,6 +91,10 @@ impl RedisUrl<'_> {
             builder = builder
                 .set_client_to_redis_tls_mode(TlsMode::Secure)
                 .set_client_to_sentinel_tls_mode(TlsMode::Secure);
+        }
+        #[cfg(all(feature = "rustls", feature = "native-tls"))]
+        if self.tls {
+            builder = builder.set_client_to_redis_certificates(system_certificates());
         }
         Ok(RedisLocks::with_sentinel(builder.build().map_err(refused)?))
     }
@@ -152,13 +159,40 @@ impl RedisUrl<'_> {
 }
 
 fn open(url: &str) -> Result<Client> {
+    #[cfg(all(feature = "rustls", feature = "native-tls"))]
+    let client = match url.starts_with("rediss:") {
+        true => Client::build_with_tls(url, system_certificates()),
+        false => Client::open(url),
+    };
+    #[cfg(not(all(feature = "rustls", feature = "native-tls")))]
+    let client = Client::open(url);
     // The driver's own error may quote what it couldn't read.
-    Client::open(url).map_err(|_| {
+    client.map_err(|_| {
         config(
             "this is not a redis URL: it is like `redis://user:password@host:6379/0`, with `/`, `@`, `:`, `,` and `#` in \
              user and password percent-encoded",
         )
     })
+}
+
+/// Whom the system trusts. With both kinds of TLS the driver uses rustls, and trusts nobody unless it is told whom.
+#[cfg(all(feature = "rustls", feature = "native-tls"))]
+fn system_certificates() -> redis::TlsCertificates {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut pem = Vec::new();
+    for certificate in rustls_native_certs::load_native_certs().certs {
+        if rustls::RootCertStore::empty().add(certificate.clone()).is_err() {
+            continue; // one that can't be read must not keep the others out
+        }
+        pem.extend_from_slice(b"-----BEGIN CERTIFICATE-----\n");
+        for three in certificate.chunks(3) {
+            let bits = (0..3).fold(0, |bits, i| bits << 8 | usize::from(*three.get(i).unwrap_or(&0)));
+            let digit = |i| if i <= three.len() { DIGITS[bits >> (18 - 6 * i) & 63] } else { b'=' };
+            pem.extend((0..4).map(digit));
+        }
+        pem.extend_from_slice(b"\n-----END CERTIFICATE-----\n");
+    }
+    redis::TlsCertificates { client_tls: None, root_cert: Some(pem) }
 }
 
 fn config(message: &'static str) -> Error {

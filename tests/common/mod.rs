@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub(crate) mod faulty;
+pub(crate) mod history;
 
 use std::time::Duration;
 

@@ -2,6 +2,7 @@
 //!
 //! - [`redis::RedisServer`]: a Redis that can be killed, restarted, frozen, and given another wall clock.
 //! - [`proxy::Proxy`]: a network between client and server that loses, delays, holds back and resets.
+//! - [`holder::Holder`]: another process that holds a lock, and can be killed or frozen.
 //! - [`ChildServer`]: what is common to the servers, whichever they are.
 //!
 //! Every server listens on a free port of 127.0.0.1, has a temporary directory of its own, and is gone once its value
@@ -9,6 +10,9 @@
 //! takes. A program that is missing is a panic that names its Debian package. Only [`left_out`] may skip a test.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub(crate) mod holder;
+#[cfg(feature = "redis")]
+pub(crate) mod locks;
 pub(crate) mod proxy;
 pub(crate) mod redis;
 mod resp;

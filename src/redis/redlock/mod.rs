@@ -6,7 +6,7 @@ mod node;
 mod standing;
 
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -25,7 +25,7 @@ use super::waiting::{grace, millis, whole_millis};
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, Released, Renewal};
 use crate::capabilities::{Capabilities, Expiry, Fairness};
 use crate::engine::backoff::{Backoff, jitter};
-use crate::engine::lock;
+use crate::engine::{current_runtime, lock};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 use crate::guard::Loss;
@@ -63,7 +63,7 @@ struct Shared {
     nodes: Vec<Arc<Node>>,
     places: Arc<Places<Knocks>>,
     longest_ttl: Duration,
-    /// The highest token seen or proposed.
+    /// The highest token that was granted here.
     seen: AtomicU64,
     /// Whoever has it looks after nodes without a vote.
     admitting: tokio::sync::Mutex<()>,
@@ -135,8 +135,9 @@ impl Redlock {
         Ok(Self { shared: Arc::new(shared) })
     }
 
-    /// The longest TTL that a lock may have here, and for how long a server that was restarted, or has lost its data, has
-    /// no vote at least. Everybody who uses the same servers should set the same. Default: 60 s.
+    /// The longest TTL, and the longest [`hold_at_least`](crate::LockOptions::hold_at_least), that a lock may have here; and
+    /// for how long a server that was restarted, or has lost its data, has no vote. Everybody who uses the same servers
+    /// should set the same. Default: 60 s.
     #[must_use]
     pub fn longest_ttl(mut self, ttl: Duration) -> Self {
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
@@ -156,8 +157,13 @@ impl Redlock {
     ///
     /// Dropping the future leaves nothing behind but perhaps open connections.
     pub async fn connect(&self) -> Result<()> {
+        current_runtime()?;
         let (members, errors) = self.shared.admit(Duration::from_secs(2)).await;
-        if members >= quorum(self.shared.nodes.len()) { Ok(()) } else { Err(no_majority(errors)) }
+        if members >= quorum(self.shared.nodes.len()) {
+            Ok(())
+        } else {
+            Err(no_majority(errors, self.shared.nodes.len()))
+        }
     }
 }
 
@@ -173,13 +179,10 @@ impl Shared {
         ttl.saturating_sub(ttl / 100 + Duration::from_millis(2))
     }
 
-    /// The clock, or above every token that has been seen here; never the same number twice.
+    /// The clock, or above every token that has been granted here.
     fn proposal(&self) -> u64 {
         let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
-        let clock = u64::try_from(micros).unwrap_or(0);
-        let next = |seen: u64| Some(clock.max(seen + 1));
-        let before = self.seen.fetch_update(Ordering::AcqRel, Ordering::Acquire, next).unwrap_or_default();
-        next(before).unwrap_or(clock)
+        u64::try_from(micros).unwrap_or(0).max(self.seen.load(Ordering::Acquire) + 1)
     }
 
     /// Some node has no vote: sees to it, in the background unless nothing goes without it.
@@ -264,7 +267,7 @@ impl Shared {
         match (yes >= quorum, no >= quorum) {
             (true, _) => Ok(true),
             (false, true) => Ok(false),
-            (false, false) => Err(no_majority(errors)),
+            (false, false) => Err(no_majority(errors, self.nodes.len())),
         }
     }
 
@@ -275,12 +278,23 @@ impl Shared {
         let question = Arc::new(question);
         let mut ballot = Ballot::new(self.nodes.len());
         let (mut times, mut errors, mut outside) = (Vec::new(), Vec::new(), false);
+        // Those that have, or may have, granted it; the slow ones see to it themselves once this round has failed.
+        let (mut granted, failed) = (Vec::new(), Arc::new(AtomicBool::new(false)));
         self.ask_all(
             |node| {
-                let question = question.clone();
-                async move { node.vote(&question, proposal, patience).await }
+                let (question, failed) = (question.clone(), failed.clone());
+                async move {
+                    let vote = node.vote(&question, proposal, patience).await;
+                    if failed.load(Ordering::Acquire) && may_be_granted(&vote) {
+                        node.take_back(&question, patience).await;
+                    }
+                    vote
+                }
             },
             |number, vote| {
+                if may_be_granted(&vote) {
+                    granted.push(number);
+                }
                 match vote {
                     Ok(Vote::Granted(counter)) => ballot.grants(number, counter),
                     Ok(Vote::Busy { holder, left }) => {
@@ -296,7 +310,13 @@ impl Shared {
                         ballot.fails();
                     }
                 }
-                if ballot.verdict().is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                match ballot.verdict() {
+                    None => ControlFlow::Continue(()),
+                    Some(verdict) => {
+                        failed.store(verdict != Verdict::Won, Ordering::Release);
+                        ControlFlow::Break(())
+                    }
+                }
             },
         )
         .await;
@@ -315,12 +335,13 @@ impl Shared {
                 return Ok(Round::Granted(Grant::lease(hold, token, until)));
             }
         }
-        // What did not answer is told, too: on one connection it is done after the claim. What a broken connection leaves
-        // behind on a minority runs out.
-        let owner = question.owner.clone();
-        let _ = self
-            .tell_all(&script::NODE_RELEASE, question.keys.clone(), vec![owner, "0".into()], patience)
-            .await;
+        // What did not answer in time is told, too: on one connection it is done after the claim. What a broken connection
+        // leaves behind on a minority runs out.
+        if verdict == Verdict::Won {
+            granted = (0..self.nodes.len()).collect(); // the slow ones didn't know
+        }
+        let nodes = granted.into_iter().map(|number| self.nodes[number].take_back(&question, patience));
+        futures_util::future::join_all(nodes).await;
         match verdict {
             Verdict::Busy => {
                 // When a majority of them will be free, if nobody renews.
@@ -329,7 +350,7 @@ impl Shared {
                 Ok(Round::Busy(times.get(quorum(self.nodes.len()) - 1).copied()))
             }
             Verdict::Split | Verdict::Won => Ok(Round::Split),
-            Verdict::Unreachable => Err(no_majority(errors)),
+            Verdict::Unreachable => Err(no_majority(errors, self.nodes.len())),
         }
     }
 
@@ -420,13 +441,25 @@ impl Place<Knocks> {
     }
 }
 
-fn no_majority(errors: Vec<Error>) -> Error {
-    // What can't be mended by waiting is more to the point.
-    let worst = errors.into_iter().min_by_key(Error::is_retryable);
-    let message = "too few of the redis servers can be reached, or have a vote";
-    match worst {
-        Some(error) if !error.is_retryable() => error,
-        Some(error) => Error::new(ErrorKind::Unavailable, message).with_source(error),
+fn may_be_granted(vote: &Result<Vote>) -> bool {
+    match vote {
+        Ok(vote) => matches!(vote, Vote::Granted(_)),
+        Err(error) => error.kind() == ErrorKind::Unknown,
+    }
+}
+
+/// What to say if these errors, out of so many nodes, leave no majority.
+fn no_majority(errors: Vec<Error>, nodes: usize) -> Error {
+    let for_good = errors.iter().filter(|error| !error.is_retryable()).count();
+    // What most of them say won't go away; what a minority says would keep nobody from getting a lock.
+    let hopeless = for_good > nodes - quorum(nodes);
+    let unknown = errors.iter().any(|error| error.kind() == ErrorKind::Unknown);
+    let kind = if unknown { ErrorKind::Unknown } else { ErrorKind::Unavailable };
+    match errors.into_iter().min_by_key(Error::is_retryable) {
+        Some(error) if hopeless => error,
+        Some(error) => {
+            Error::new(kind, "too few of the redis servers can be reached, or have a vote").with_source(error)
+        }
         None => Error::new(
             ErrorKind::Unavailable,
             "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
@@ -467,6 +500,7 @@ impl Backend for Redlock {
     fn capabilities(&self) -> Capabilities {
         Capabilities::new(MIN_TTL, self.shared.longest_ttl, Expiry::Ttl)
             .keeps_after_exit(true)
+            .max_hold_at_least(self.shared.longest_ttl)
             .wakes_waiters(true)
             .fairness(Fairness::None)
     }
@@ -519,6 +553,9 @@ impl Backend for Redlock {
 
     async fn abandon(&self, claim: &Claim) -> Result<()> {
         let keys = Keys::new(&claim.name);
+        if let Some(place) = self.shared.places.get(claim.owner) {
+            place.is_abandoned(claim.ttl);
+        }
         let dead_for = millis_up(keys::dead_for(claim.ttl)).to_string();
         let args = vec![owner_value(claim.owner, 0), dead_for];
         let patience = Shared::patience(claim.ttl);
@@ -561,7 +598,7 @@ impl Backend for Redlock {
             if decided { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         };
         self.shared.ask_all(ask, take).await;
-        let failed = no_majority(errors);
+        let failed = no_majority(errors, self.shared.nodes.len());
         due.iter()
             .enumerate()
             .map(|(i, due)| {

@@ -64,18 +64,17 @@ impl Node {
         args: &[&str],
         patience: Duration,
     ) -> Result<Value> {
-        in_time(patience, async {
-            let opened = self.link.opened().await?;
-            let run_id = opened.run_id.clone().ok_or_else(|| {
-                Error::new(
-                    ErrorKind::Denied,
-                    "redlock needs the command INFO, to know when a server was restarted",
-                )
-            })?;
-            let args = [&[&*run_id], args].concat();
-            script.run_over(&mut Connected::Ours(opened), keys, &args).await
-        })
-        .await
+        let opened = tokio::time::timeout(patience, self.link.opened()).await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorKind::Unavailable, "a redis server has not let us in in time"))
+        })?;
+        let run_id = opened.run_id.clone().ok_or_else(|| {
+            Error::new(
+                ErrorKind::Denied,
+                "redlock needs the command INFO, to know when a server was restarted",
+            )
+        })?;
+        let args = [&[&*run_id], args].concat();
+        in_time(patience, script.run_over(&mut Connected::Ours(opened), keys, &args)).await
     }
 
     pub(super) async fn vote(&self, question: &Question, proposal: u64, patience: Duration) -> Result<Vote> {
@@ -114,6 +113,15 @@ impl Node {
         match self.run_identified(&script::RAISE, &question.keys, &args, patience).await? {
             Value::Int(raised) => Ok(raised == 1),
             _ => Err(self.out_of_step()),
+        }
+    }
+
+    /// Frees what this claim may have got here.
+    pub(super) async fn take_back(&self, question: &Question, patience: Duration) {
+        let released =
+            self.run(&script::NODE_RELEASE, &question.keys, &[&question.owner, "0"], patience).await;
+        if let Err(error) = released {
+            tracing::debug!(%error, "a failed round was not taken back on a redis server: its ttl frees it");
         }
     }
 

@@ -35,7 +35,8 @@ if not holder then
     redis.call('SET', lock, owner, 'PX', ttl)
     return {'granted', token, owner}
   end
-  -- Somebody who came before has it now.
+  -- Somebody who came before has it now; or this owner, if none of those listened: the message says so.
+  if redis.call('GET', lock) == owner then return {'busy', redis.call('PTTL', lock)} end
 end
 
 if how ~= 'try' then line_up(owner, tonumber(ARGV[4]), ARGV[5]) end

@@ -66,17 +66,13 @@ end
 -- Gives the lock to the first waiter whose process listens, for its grace: it confirms by a renewal. False: nobody is
 -- there, and the lock is free.
 local function hand_over()
-  if redis.call('EXISTS', queue) == 0 then
-    redis.call('DEL', lock)
-    return false
-  end
+  -- First of all, since a server whose memory is full lets nothing else begin a script; what follows it may.
+  redis.call('DEL', lock)
+  if redis.call('EXISTS', queue) == 0 then return false end
   while true do
     local owner, grace, channel = head()
     local token = owner and draw()
-    if not token then
-      redis.call('DEL', lock)
-      return false
-    end
+    if not token then return false end
     remove(owner)
     local heard = redis.pcall('PUBLISH', channel, owner .. ' ' .. string.format('%.0f', token))
     if type(heard) == 'number' and heard > 0 then

@@ -10,6 +10,7 @@ local holder = redis.call('GET', lock)
 if holder == kept then return 1 end -- asked again
 if holder ~= owner then return 0 end
 if keep > 0 then
+  redis.call('DEL', lock) -- first: see hand_over
   note_keep(keep)
   redis.call('SET', lock, kept, 'PX', keep)
 else

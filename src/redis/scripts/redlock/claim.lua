@@ -12,6 +12,9 @@ if redis.call('EXISTS', KEYS[5]) == 1 then return {'dead'} end
 
 local holder = redis.call('GET', lock) -- false if it is free; a foreign program may have it with an empty value
 if holder == (from ~= '' and from) then
+  -- A client whose clock is wrong by more than an hour sets it neither back nor forward.
+  read_clock()
+  proposal = math.min(math.max(proposal, micros - 3600000000), micros + 3600000000)
   local floor = tonumber(redis.call('HGET', node, 'floor') or 0)
   local counter = math.max((tonumber(redis.call('GET', fence) or 0)) + 1, proposal, floor)
   if counter > 9007199254740991 then return {'exhausted'} end
