@@ -142,7 +142,7 @@ async fn connect_redis_socket(rest: &str) -> Result<Box<dyn LockProvider>> {
 async fn connect_redlock(rest: &str) -> Result<Box<dyn LockProvider>> {
     let (rest, common, own) = Common::take(rest, &["tls", "longest_ttl"])?;
     let tls = own.get("tls").map_or(Ok(false), |value| boolean("tls", value))?;
-    let mut locks = Redlock::new(RedisUrl { tls, rest }.clients()?)?;
+    let mut locks = Redlock::new(RedisUrl { tls, rest }.clients(None)?)?;
     if let Some(ttl) = own.duration("longest_ttl")? {
         locks = locks.longest_ttl(ttl);
     }

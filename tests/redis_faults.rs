@@ -571,7 +571,8 @@ async fn a_claim_that_comes_late_is_no_grant() {
     };
     let tombstones = || server.command(&["KEYS", "fencelock:*:dead:*"]).lines().count();
 
-    // One that tries.
+    // One that tries. So old a connection isn't used any more when it is in doubt: nothing else comes over it later.
+    tokio::time::sleep(ms(1100)).await;
     proxy.hold_requests_with(TRY);
     let error = within("the error", a.create_lock("x").try_acquire()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unknown);
@@ -579,6 +580,7 @@ async fn a_claim_that_comes_late_is_no_grant() {
     servers::wait_until("it is taken back", || tombstones() == 1);
     report("a claim is taken back that hasn't come to the server", failed.elapsed());
     let before = scripts();
+    assert_eq!(proxy.traffic().waiting, 1, "the claim is on its way, alone");
     proxy.release_requests();
     servers::wait_until("it has come", || scripts() > before);
     assert_eq!(server.command(&["EXISTS", &lock_key("x")]), "0");
@@ -586,15 +588,17 @@ async fn a_claim_that_comes_late_is_no_grant() {
     // One that joins the queue.
     let held = take(&b, "x").await;
     proxy.hold_requests_with(b"\r\njoin\r\n");
-    let waiting = proxy.traffic().waiting;
     let waiter = waits(&a, "x");
-    proxy.until(|traffic| traffic.waiting > waiting).await;
+    until_listening(&server, 1).await; // nothing else comes after that
+    proxy.until(|traffic| traffic.waiting > 0).await;
+    tokio::time::sleep(ms(1100)).await;
     waiter.abort();
     servers::wait_until("it is taken back", || tombstones() == 2);
     let before = scripts();
+    assert_eq!(proxy.traffic().waiting, 1, "the claim is on its way, alone");
     proxy.release_requests();
     servers::wait_until("it has come", || scripts() > before);
-    until_queued(&server, "x", 0).await;
+    assert_eq!(server.command(&["ZCARD", &(lock_key("x") + ":queue")]), "0");
     held.release().await.unwrap();
     let guard = take(&a, "x").await;
     guard.release().await.unwrap();
@@ -672,8 +676,7 @@ async fn connections_that_an_administrator_kills_are_made_again() {
     assert_eq!(history.judge(), 5);
 }
 
-/// BUG: it is, by those who wait. `Subscription::ensure` has no back-off: where nobody but waiters uses the connection
-/// for commands, that isn't known to be broken, so each of them tries to subscribe, one after another (287 connections).
+/// Nor by those who wait: they subscribe while nobody has found the connection for commands broken.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_is_down_is_not_flooded_with_connections() {
     const LOCKS: usize = 50;
@@ -810,7 +813,7 @@ async fn a_renewal_and_a_release_that_come_late_leave_the_next_holder_alone() {
     }
     let server = RedisServer::start();
     let proxy = Proxy::start(server.addr());
-    let (a, b) = (with_ttl(proxy.addr(), ms(3100)), with_ttl(server.addr(), secs(20)));
+    let (a, b) = (with_ttl(proxy.addr(), ms(3100)), with_ttl(server.addr(), secs(2)));
     take(&a, "x").await.release().await.unwrap();
     let held = take(&a, "x").await;
     // In every renewal, and in no release, which gets behind it on its connection.
@@ -823,12 +826,16 @@ async fn a_renewal_and_a_release_that_come_late_leave_the_next_holder_alone() {
     assert!(proxy.traffic().waiting >= 2, "the renewal and the first try are still on their way");
     let next = take(&b, "x").await;
     let key = lock_key("x");
-    let (owner, left) = (server.command(&["GET", &key]), pttl(&server, "x"));
+    let owner = server.command(&["GET", &key]);
     proxy.release_requests();
     proxy.until(|traffic| traffic.waiting == 0).await;
+    for _ in 0..20 {
+        assert!(pttl(&server, "x") <= 2000, "renewed by who doesn't hold it");
+        tokio::time::sleep(ms(5)).await;
+    }
     renewed(&server, "x").await;
     assert_eq!(server.command(&["GET", &key]), owner);
-    assert!(!next.is_lost() && left > 0);
+    assert!(!next.is_lost());
     next.release().await.unwrap();
     until_free(&server, "x").await;
 }

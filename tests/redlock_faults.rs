@@ -65,6 +65,21 @@ impl Nodes {
         self.connect(self.proxies.iter().map(Proxy::url), options)
     }
 
+    /// Has all servers know the scripts of claims and releases. One that doesn't yet answers first that it needs the
+    /// script, and then nobody may be there any more to send it, or a release may overtake the claim. That is found on
+    /// a minority of them at most, where the TTL frees the lock.
+    async fn learn_scripts(&self, provider: &Locks) {
+        take(provider, "to learn the scripts").await.release().await.expect("the servers are there");
+        for server in &self.servers {
+            // The other two are for the admission.
+            until(server, &["INFO", "memory"], |info| {
+                let count = info.lines().find_map(|line| line.strip_prefix("number_of_cached_scripts:"));
+                count.is_some_and(|count| count.trim_end().parse::<u32>().is_ok_and(|count| count >= 4))
+            })
+            .await;
+        }
+    }
+
     /// For a process of its own, through the proxies.
     fn url(&self, ttl: &str) -> String {
         let hosts: Vec<_> = self.proxies.iter().map(|proxy| proxy.addr().to_string()).collect();
@@ -135,8 +150,11 @@ async fn with_a_minority_away_locks_work_as_ever() {
         for away in Away::ALL {
             let nodes = Nodes::start(count, secs(20)).await;
             let [a, b] = [(); 2].map(|()| nodes.by_proxy(LockOptions::new().ttl(secs(5))));
-            take(&a, "x").await.release().await.unwrap();
+            nodes.learn_scripts(&a).await;
             take(&b, "x").await.release().await.unwrap();
+            for server in &nodes.servers {
+                until_free(server, "x").await;
+            }
             (0..count / 2).for_each(|node| away.begin(&nodes, node));
             let history = History::default();
             let mut times = Vec::new();
@@ -185,12 +203,13 @@ async fn with_a_majority_away_an_acquire_fails_quickly() {
         let error = within("an error", impatient.create_lock("x").try_acquire()).await.unwrap_err();
         assert!(began.elapsed() < ms(600) + SLACK, "{away:?}: {:?}", began.elapsed());
         report(&format!("the error with a majority {away:?}: {:?}", error.kind()), began.elapsed());
-        // What hangs may have been granted, for all that is known after 200 ms.
-        let expected: &[_] = match away {
-            Away::Killed => &[ErrorKind::Unavailable],
-            Away::Frozen | Away::BlackHoled => &[ErrorKind::Unavailable, ErrorKind::Unknown],
-        };
-        assert!(expected.contains(&error.kind()), "{away:?}: {error}");
+        // What was sent over a connection that broke or hangs may have been granted, for all that is known.
+        let honest = [ErrorKind::Unavailable, ErrorKind::Unknown];
+        assert!(honest.contains(&error.kind()), "{away:?}: {error}");
+        if away == Away::Killed {
+            let error = within("an error", impatient.create_lock("x").try_acquire()).await.unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
+        }
         let began = Instant::now();
         let error = within("an error", some.create_lock("x").acquire()).await.unwrap_err();
         assert!(began.elapsed() < secs(1) + ms(600) + SLACK, "{away:?}: {:?}", began.elapsed());
@@ -299,10 +318,11 @@ async fn a_majority_for_a_client_that_was_frozen_over_its_ttl_is_no_grant() {
     let ttl = secs(2);
     let nodes = Nodes::start(3, secs(20)).await;
     let a = nodes.with_ttl(secs(5));
-    take(&a, "so that the servers have the scripts").await.release().await.unwrap();
+    nodes.learn_scripts(&a).await;
     // In all claims of that client.
     nodes.proxies.iter().for_each(|proxy| proxy.hold_requests_with(b"\r\n2000\r\n"));
     let mut client = Holder::start(&nodes.url("2s"), "x");
+    client.is_connected().await;
     for proxy in &nodes.proxies {
         proxy.until(|traffic| traffic.waiting > 0).await;
     }
@@ -389,13 +409,16 @@ async fn after_a_restart_of_all_with_their_data_the_holder_keeps_it_and_others_w
     nodes.servers.iter().for_each(RedisServer::kill);
     let killed = Instant::now();
     nodes.servers.iter().for_each(RedisServer::restart);
+    let up = Instant::now();
     let b = nodes.provider(LockOptions::new().ttl(ttl).retry_for(Duration::ZERO));
     let error = within("an error", b.create_lock("x").try_acquire()).await.unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Unavailable, "{error}");
     let c = nodes.with_ttl(ttl);
     let guard = take(&c, "x").await;
-    assert!(killed.elapsed() >= longest_ttl && killed.elapsed() < longest_ttl + secs(2) + SLACK);
-    report("locks again after a restart of all (longest_ttl 2 s)", killed.elapsed());
+    assert!(killed.elapsed() >= longest_ttl);
+    // They are looked at every half a second, and asked again after up to a second, twice.
+    assert!(up.elapsed() < longest_ttl + secs(3) + 2 * SLACK, "{:?}", up.elapsed());
+    report("locks again after a restart of all (longest_ttl 2 s)", up.elapsed());
     assert!(guard.fencing_token() > token);
     assert!(!held.is_lost(), "its renewals went on");
     assert!(c.create_lock("held").try_acquire().await.unwrap().is_none());
@@ -513,9 +536,7 @@ async fn a_server_that_stood_still_during_the_release_is_free_when_it_goes_on() 
     let nodes = Nodes::start(3, secs(60)).await;
     let a = nodes.with_ttl(secs(60));
     let last = &nodes.servers[2];
-    // It has the script: one that hadn't would answer that it needs it, and by then nobody would listen.
-    take(&a, "x").await.release().await.unwrap();
-    until_free(last, "x").await;
+    nodes.learn_scripts(&a).await;
     let held = take(&a, "x").await;
     until(last, &["EXISTS", &lock_key("x")], |reply| reply == "1").await;
     last.freeze();

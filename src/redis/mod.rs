@@ -5,11 +5,11 @@
 //! | `redis://USER:PASSWORD@HOST:PORT/DB` | one server. User, password, port (6379) and database (0) may be left out |
 //! | `rediss://…` | the same over TLS: with feature `rustls` or `native-tls`, and the certificates that the system trusts |
 //! | `redis+unix:/PATH?db=DB&user=USER&password=PASSWORD` | the same over a Unix socket |
-//! | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels watch; with `sentinel_username=` and `sentinel_password=` if the Sentinels ask for them |
+//! | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels (port 26379) watch; with `sentinel_username=` and `sentinel_password=` if the Sentinels ask for them |
 //! | `redlock://HOST,HOST,HOST` | Redlock over three or more independent servers; `tls=true` for TLS, `longest_ttl=60s` for [`Redlock::longest_ttl`] |
 //!
 //! `replicas=N` and `replica_timeout=100ms` of a `redis` URL are [`RedisLocks::wait_for_replicas`]. In user and password
-//! `/ @ : , # %` are percent-encoded. User and password of the first host are also those of hosts without. For anything
+//! `/ ? @ : , # %` are percent-encoded. User and password of the first host are also those of hosts without. For anything
 //! else make the driver's [`Client`](driver::Client) yourself. Redis 5 or newer, or what speaks its protocol; a Redis Cluster
 //! is refused.
 //!
@@ -33,9 +33,13 @@
 //! - The lock is as durable as the server. If it comes back without its data, or a replica takes over that hasn't got the
 //!   grant ([`wait_for_replicas`](RedisLocks::wait_for_replicas) makes that less likely), another process may get the lock
 //!   before the old holder's next renewal, which tells it ([`Loss::Taken`](crate::Loss::Taken)); in between only the
-//!   fencing token protects. Masters on both sides of a split network give neither exclusion nor order.
+//!   fencing token protects. Masters on both sides of a split network give neither exclusion nor order. Nor does a
+//!   `SENTINEL FAILOVER` of a master that lives: it goes on answering those who are connected for some ten seconds, so a TTL
+//!   behind Sentinel should be well above that, or the master have `min-replicas-to-write`.
 //! - Expiry follows the server's wall clock: set forward, it frees locks early, which again is the token's case; set back,
 //!   it keeps the locks of crashed holders for as much longer.
+//! - Redis must not evict keys (`maxmemory-policy noeviction`, its default): every other policy takes a held lock for a
+//!   cached value.
 //! - A token can repeat only if the server has lost its data and its clock is behind by more than the outage took, or if
 //!   a lock that nobody has used for seven days is used while the clock is that far behind.
 //!
@@ -46,24 +50,33 @@
 //! stands for the TTL less the time that took, 1 % of the TTL, and 2 ms. A server that doesn't answer is waited for no
 //! longer than a tenth of the TTL, at most a second.
 //!
-//! A server that was restarted, or has lost its data, has no vote for [`longest_ttl`](Redlock::longest_ttl): it could give
-//! away what it has forgotten. So restart one at a time. New servers are all needed once, when the first provider connects.
-//! If all lose their data within one TTL, locks are lost.
+//! A server that was restarted, or has lost its data, has no vote for [`longest_ttl`](Redlock::longest_ttl), measured by its own
+//! clock: it could give away what it has forgotten. If its data came back, the locks in it still count for their holders; if
+//! not, a lock that was taken before stands on the other servers only, until it is taken anew. So restart one at a time, at
+//! least `longest_ttl` apart, and without persistence only as often as locks are taken. New servers are all needed once,
+//! when the first provider connects. If all lose their data within one TTL, locks are lost.
+//!
+//! A client whose clock is wrong by more than an hour proposes tokens within an hour of the servers' clocks.
 //!
 //! Waiters are woken by the release, in no order that would hold.
 //!
 //! # Rights
 //!
-//! With an ACL, a user of locks needs:
+//! A user of `redis:` needs, with an ACL,
 //!
 //! ```text
-//! ~fencelock:* &fencelock:* +@scripting
+//! ~fencelock:* &fencelock:* +eval +evalsha +subscribe +publish +time +exists +get +set +del +pttl +pexpire +zadd +zrange +zrem +zscore +hget +hset +hdel
 //! ```
+//!
+//! and for `redlock:` also `+info +hmget`. `+info` lets `redis:` notice a Sentinel or a cluster, `+select` is for a database
+//! other than 0, `+wait` for `replicas=`, `+role` for a master behind Sentinel. What is missing is an error of kind
+//! [`Denied`](crate::ErrorKind::Denied).
 //!
 //! # TLS
 //!
 //! Feature `rustls` uses *ring* unless the application has installed another provider of cryptography for rustls. With
-//! both TLS features on, rustls is used.
+//! both TLS features on, rustls is used; a `rediss://` client that you make yourself then has to be given its
+//! certificates, since the driver doesn't load the system's.
 
 mod failure;
 mod flight;

@@ -11,6 +11,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// How long a grant waits for replicas unless the URL says.
 const REPLICA_TIMEOUT: Duration = Duration::from_millis(100);
 
+/// Where Sentinels listen unless the URL says.
+const SENTINEL_PORT: u16 = 26_379;
+
 /// A URL, taken apart.
 #[derive(Debug)]
 pub(crate) struct RedisUrl<'a> {
@@ -35,7 +38,8 @@ pub(crate) struct SingleParameters {
 impl RedisUrl<'_> {
     /// Locks on one server, or on a master behind Sentinels.
     pub(crate) fn single(&self, parameters: SingleParameters) -> Result<RedisLocks> {
-        let mut clients = self.clients()?;
+        let port = parameters.sentinel.is_some().then_some(SENTINEL_PORT);
+        let mut clients = self.clients(port)?;
         let locks = match parameters.sentinel {
             Some(name) if name.is_empty() => {
                 return Err(config("sentinel=NAME needs the name of the master that the Sentinels watch"));
@@ -100,7 +104,8 @@ impl RedisUrl<'_> {
     }
 
     /// A client for each host. User and password of the first host go for those that have none; the database goes for all.
-    pub(crate) fn clients(&self) -> Result<Vec<Client>> {
+    /// `port` is that of hosts without one, unless it is Redis' own.
+    pub(crate) fn clients(&self, port: Option<u16>) -> Result<Vec<Client>> {
         if self.tls && !cfg!(any(feature = "rustls", feature = "native-tls")) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
@@ -127,7 +132,9 @@ impl RedisUrl<'_> {
                 }
                 let scheme = if self.tls { "rediss" } else { "redis" };
                 let login = login.map(|login| format!("{login}@")).unwrap_or_default();
-                open(format!("{scheme}://{login}{host}/{path}").as_str())
+                let has_port = host.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+                let port = port.filter(|_| !has_port).map(|port| format!(":{port}")).unwrap_or_default();
+                open(format!("{scheme}://{login}{host}{port}/{path}").as_str())
             })
             .collect()
     }
@@ -143,10 +150,10 @@ impl RedisUrl<'_> {
         if !path.starts_with('/') {
             return Err(config("the path of a socket is absolute, as in `redis+unix:///run/redis.sock`"));
         }
-        let db = db.map_or(Ok(0), str::parse).map_err(|_| config("db in the URL must be a number"))?;
+        let db: u16 = db.map_or(Ok(0), str::parse).map_err(|_| config("db in the URL must be a number"))?;
         let refused = |error| config("the socket's settings can't be used").with_source(error);
         let mut info = ConnectionAddr::Unix(path.into()).into_connection_info().map_err(refused)?;
-        let mut settings = info.redis_settings().clone().set_db(db);
+        let mut settings = info.redis_settings().clone().set_db(db.into());
         if let Some(user) = user {
             settings = settings.set_username(user);
         }
@@ -160,17 +167,18 @@ impl RedisUrl<'_> {
 
 fn open(url: &str) -> Result<Client> {
     #[cfg(all(feature = "rustls", feature = "native-tls"))]
-    let client = match url.starts_with("rediss:") {
-        true => Client::build_with_tls(url, system_certificates()),
-        false => Client::open(url),
+    let client = if url.starts_with("rediss:") {
+        Client::build_with_tls(url, system_certificates())
+    } else {
+        Client::open(url)
     };
     #[cfg(not(all(feature = "rustls", feature = "native-tls")))]
     let client = Client::open(url);
     // The driver's own error may quote what it couldn't read.
-    client.map_err(|_| {
+    client.ok().filter(|client| client.get_connection_info().redis_settings().db() >= 0).ok_or_else(|| {
         config(
-            "this is not a redis URL: it is like `redis://user:password@host:6379/0`, with `/`, `@`, `:`, `,` and `#` in \
-             user and password percent-encoded",
+            "this is not a redis URL: it is like `redis://user:password@host:6379/0`, with `/`, `?`, `@`, `:`, `,` and `#` \
+             in user and password percent-encoded",
         )
     })
 }
@@ -178,20 +186,17 @@ fn open(url: &str) -> Result<Client> {
 /// Whom the system trusts. With both kinds of TLS the driver uses rustls, and trusts nobody unless it is told whom.
 #[cfg(all(feature = "rustls", feature = "native-tls"))]
 fn system_certificates() -> redis::TlsCertificates {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut pem = Vec::new();
+    use base64::Engine;
+
+    let mut pem = String::new();
     for certificate in rustls_native_certs::load_native_certs().certs {
         if rustls::RootCertStore::empty().add(certificate.clone()).is_err() {
             continue; // one that can't be read must not keep the others out
         }
-        pem.extend_from_slice(b"-----BEGIN CERTIFICATE-----\n");
-        for three in certificate.chunks(3) {
-            let bits = (0..3).fold(0, |bits, i| bits << 8 | usize::from(*three.get(i).unwrap_or(&0)));
-            let digit = |i| if i <= three.len() { DIGITS[bits >> (18 - 6 * i) & 63] } else { b'=' };
-            pem.extend((0..4).map(digit));
-        }
-        pem.extend_from_slice(b"\n-----END CERTIFICATE-----\n");
+        let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+        pem.extend(["-----BEGIN CERTIFICATE-----\n", &body, "\n-----END CERTIFICATE-----\n"]);
     }
+    let pem = pem.into_bytes();
     redis::TlsCertificates { client_tls: None, root_cert: Some(pem) }
 }
 

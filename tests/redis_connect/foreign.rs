@@ -100,7 +100,7 @@ async fn a_program_that_only_knows_the_key_excludes_redlock_and_is_excluded() {
         let waiter = waits(&provider, "x");
         until_queued(&servers[0], "x", 1);
         let deleted = Instant::now();
-        for server in &servers {
+        for server in &servers[..2] {
             server.command(&["DEL", &key]);
         }
         let guard = granted(waiter).await;

@@ -63,8 +63,10 @@ async fn a_grant_that_too_few_replicas_have_is_taken_back() {
         return;
     }
     let (master, replica) = master_and_replica();
-    let url = |count| format!("{}?replicas={count}&replica_timeout=300ms&ttl=60s&retry_for=0s", master.url());
-    let (enough, too_few) = (connected(&url(1)).await, connected(&url(2)).await);
+    let url = |count: u32| format!("{}?replicas={count}&replica_timeout=300ms&ttl=60s", master.url());
+    let at_once = |count: u32| url(count) + "&retry_for=0s";
+    let (enough, too_few) = (connected(&at_once(1)).await, connected(&at_once(2)).await);
+    let patient = connected(&url(1)).await;
     let plain = connected(&master.url()).await;
     let refused = async |provider: &dyn fencelock::LockProvider, waiting: bool| {
         let (lock, began) = (provider.create_lock("x"), Instant::now());
@@ -91,25 +93,26 @@ async fn a_grant_that_too_few_replicas_have_is_taken_back() {
     };
     refused(&*too_few, false).await;
     refused(&*too_few, true).await;
-    drop(take(&*enough, "x").await);
+    take(&*patient, "x").await.release().await.expect("released");
 
     replica.freeze();
     refused(&*enough, false).await;
     refused(&*enough, true).await;
     // What was in the queue and gets the lock by the release must pass too.
     let guard = take(&*plain, "x").await;
-    let waiter = waits(&*enough, "x");
+    let a_second = connected(&(url(1) + "&retry_for=1s")).await;
+    let waiter = waits(&*a_second, "x");
     until_queued(&master, "x", 1);
     guard.release().await.expect("released");
     let answer = within("an answer", waiter).await.expect("no panic");
     let error = answer.expect_err("the replica hasn't got it");
     assert!(matches!(error.kind(), ErrorKind::Unknown | ErrorKind::Unavailable), "{}", everything(&error));
     replica.thaw();
-    drop(take(&*enough, "x").await);
+    take(&*patient, "x").await.release().await.expect("released");
 
     replica.kill();
     refused(&*enough, false).await;
     replica.restart();
     master.until(&["INFO", "replication"], |said| said.contains("state=online"));
-    drop(take(&*enough, "x").await);
+    take(&*patient, "x").await.release().await.expect("released");
 }

@@ -73,7 +73,7 @@ fn two_clients() {
             World::<3, 3>::new(),
             &Bounds { thorough: true, proposals: &[1], ..TWICE },
         );
-        holds("2+2 attempts", World::<3, 4>::new(), &TWICE);
+        holds("2+2 attempts", World::<3, 4>::new(), &Bounds { proposals: &[1], ..TWICE });
         holds("1+1+1 attempts", World::<3, 3>::new(), &ONCE);
         holds("1+1 attempts, 4 nodes", World::<4, 2>::drifted(), &ONCE);
     }

@@ -7,8 +7,8 @@ use crate::rules::Rules;
 use crate::search::Dice;
 use crate::store::{Resp, Server};
 
-/// As `enlist.lua` is at present: it doesn't tell the floor.
-const RULES: Rules = Rules { high_without_floor: true, ..Rules::NONE };
+/// The scripts keep all of them.
+const RULES: Rules = Rules::NONE;
 
 const TTL: i64 = 1000;
 const CLAIM: usize = 0;

@@ -81,7 +81,8 @@ pub(crate) enum Action {
     Restart(u8),
     /// The node loses all it knows.
     Wipe(u8),
-    /// All nodes of this mask say where they stand, at a time when whatever this node forgot has run out.
+    /// All nodes of this mask say where they stand, at a time when whatever this node forgot has run out; nobody's need
+    /// have, if it is `NOBODY`.
     Look(u8, u8),
     Admit(u8),
 }
@@ -266,7 +267,7 @@ impl<const N: usize, const A: usize> World<N, A> {
         }
         if !node.is_member(node.server) {
             let all = u8::MAX >> (8 - N);
-            out.push(Action::Look(n, all));
+            out.extend([Action::Look(n, all), Action::Look(NOBODY, all)]);
             if bounds.deaf_looks {
                 out.extend(
                     (0..N)
@@ -502,7 +503,7 @@ impl<const N: usize, const A: usize> World<N, A> {
 
     /// As `membership.rs` does it, with the real decision.
     fn look(&mut self, n: u8, heard: u8, rules: &Rules) {
-        if !rules.no_quarantine && !rules.stale_highs {
+        if n != NOBODY && !rules.no_quarantine && !rules.stale_highs {
             self.run_out(n);
         }
         let number = self.wiped + 1; // nobody else has used it, unless it was in the same wait

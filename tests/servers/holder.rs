@@ -17,6 +17,7 @@ const LOCK: &str = "FENCELOCK_HOLDER_LOCK";
 
 /// What it says begins with this; the test harness says other things on the same line before.
 const MARK: &str = "holder: ";
+const CONNECTED: &str = "connected";
 
 /// Another process that wants a lock and holds it, until it is killed.
 ///
@@ -71,8 +72,19 @@ impl Holder {
     }
 
     async fn says(&mut self) -> String {
+        loop {
+            let line = timeout(PATIENCE, self.said.recv()).await.expect("it says something in time");
+            match line.expect("it lives") {
+                line if line == CONNECTED => {}
+                line => return line,
+            }
+        }
+    }
+
+    /// Waits until it is connected; from then on it tries to get the lock.
+    pub(crate) async fn is_connected(&mut self) {
         let line = timeout(PATIENCE, self.said.recv()).await.expect("it says something in time");
-        line.expect("it lives")
+        assert_eq!(line.as_deref(), Some(CONNECTED));
     }
 
     /// Waits until it has the lock.
@@ -82,9 +94,9 @@ impl Holder {
         token.unwrap_or_else(|| panic!("it should hold the lock, and says: {line}"))
     }
 
-    /// Whether it has said nothing since it was last listened to.
+    /// Whether it has said nothing but that it is connected since it was last listened to.
     pub(crate) fn is_silent(&mut self) -> bool {
-        self.said.try_recv().is_err()
+        self.said.try_recv().map_or(true, |line| line == CONNECTED && self.said.is_empty())
     }
 
     /// Tells it to do a step, which it may be too frozen to do now.
@@ -134,6 +146,7 @@ pub(crate) fn play() {
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let provider = fencelock::connect(&url).await.expect("the server is there");
+        say(CONNECTED);
         let guard = match provider.create_lock(&name).acquire().await {
             Ok(guard) => guard,
             Err(error) => return say(&error.to_string()),

@@ -6,33 +6,28 @@ use std::time::Duration;
 
 use super::Shared;
 use super::standing::{Standing, admission};
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::redis::waiting::millis;
+
+/// What the nodes say of themselves.
+struct Census {
+    /// `None` is a node that doesn't answer.
+    standings: Vec<Option<Standing>>,
+    errors: Vec<Error>,
+}
 
 impl Shared {
     /// Asks all nodes where they stand, gives a vote to those that can have one, and says how many have one, and why
     /// others haven't.
     pub(super) async fn admit(&self, patience: Duration) -> (usize, Vec<Error>) {
-        let _alone = self.admitting.lock().await;
         let key = [super::NODE_KEY.to_owned()];
-        let number = getrandom::u64().unwrap_or_default().to_string();
-        let answers: Vec<Result<Standing>> = futures_util::future::join_all(
-            self.nodes.iter().map(|node| node.enlist(&key, &number, patience)),
-        )
-        .await;
-        let (mut members, mut errors, mut standings) = (0, Vec::new(), Vec::new());
-        for answer in answers {
-            match answer {
-                Ok(standing) => {
-                    members += usize::from(standing.waits.is_none());
-                    standings.push(Some(standing));
-                }
-                Err(error) => {
-                    errors.push(error);
-                    standings.push(None);
-                }
-            }
+        let mut census = self.take_census(&key, patience).await;
+        if !admission(&census.standings, self.longest_ttl).nodes.is_empty() {
+            // Once more: what the others have drawn counts only if they say it after the time of waiting is over.
+            census = self.take_census(&key, patience).await;
         }
+        let Census { standings, mut errors } = census;
+        let mut members = standings.iter().flatten().filter(|standing| standing.waits.is_none()).count();
         let admission = admission(&standings, self.longest_ttl);
         let (floor, margin) = (admission.floor.to_string(), admission.margin.as_micros().to_string());
         let longest = millis(admission.longest).to_string();
@@ -49,5 +44,17 @@ impl Shared {
             }
         }
         (members, errors)
+    }
+
+    async fn take_census(&self, key: &[String], patience: Duration) -> Census {
+        let number = getrandom::u64().unwrap_or_default().to_string();
+        let enlist = self.nodes.iter().map(|node| node.enlist(key, &number, patience));
+        let mut errors = Vec::new();
+        let standings = futures_util::future::join_all(enlist)
+            .await
+            .into_iter()
+            .map(|standing| standing.map_err(|error| errors.push(error)).ok())
+            .collect();
+        Census { standings, errors }
     }
 }

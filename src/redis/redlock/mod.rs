@@ -65,8 +65,7 @@ struct Shared {
     longest_ttl: Duration,
     /// The highest token that was granted here.
     seen: AtomicU64,
-    /// Whoever has it looks after nodes without a vote.
-    admitting: tokio::sync::Mutex<()>,
+    /// When nodes without a vote were last looked at.
     looked_at: std::sync::Mutex<Option<Instant>>,
 }
 
@@ -129,7 +128,6 @@ impl Redlock {
             places,
             longest_ttl: LONGEST_TTL,
             seen: AtomicU64::new(0),
-            admitting: tokio::sync::Mutex::default(),
             looked_at: std::sync::Mutex::default(),
         };
         Ok(Self { shared: Arc::new(shared) })
@@ -621,6 +619,7 @@ impl Backend for Redlock {
         match released {
             Ok(true) => Ok(Released::Yes),
             Ok(false) => Ok(Released::NotHeld),
+            Err(error) if !error.is_retryable() => Err(error),
             Err(error) => Err(Error::new(ErrorKind::Unknown, "the release has failed").with_source(error)),
         }
     }

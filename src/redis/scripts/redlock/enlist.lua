@@ -7,8 +7,9 @@ local node, run = KEYS[1], ARGV[1]
 local time = redis.call('TIME')
 local now = math.floor((time[1] * 1000000 + time[2]) / 1000)
 
-local was = redis.call('HMGET', node, 'run', 'high', 'longest', 'waits_run', 'waits_number', 'waits_since')
-local high, longest = tonumber(was[2] or 0), tonumber(was[3] or 0)
+local was = redis.call('HMGET', node, 'run', 'high', 'longest', 'waits_run', 'waits_number', 'waits_since', 'floor')
+-- The floor stands for what others had drawn: it is passed on to those that lose what they know after this one.
+local high, longest = math.max(tonumber(was[2] or 0), tonumber(was[7] or 0)), tonumber(was[3] or 0)
 if was[1] == run then return {'member', high, longest} end
 
 local number, since = was[5], tonumber(was[6] or 0)
