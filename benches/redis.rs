@@ -318,7 +318,7 @@ async fn act_as_child(what: &str, url: &str) -> Result<()> {
     for line in std::io::stdin().lines() {
         match line?.as_str() {
             "pop" => {
-                drop(cmd("BLPOP").arg("list").arg(0).query_async::<(String, String)>(&mut connection).await?)
+                cmd("BLPOP").arg("list").arg(0).query_async::<(String, String)>(&mut connection).await?;
             }
             "acquire" => held = Some(lock.acquire().await?),
             "release" => {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, LazyLock, Mutex, Weak};
 use std::time::Duration;
 
 use redis::aio::{ConnectionLike, MultiplexedConnection, PubSubSink, PubSubStream};
@@ -13,6 +13,7 @@ use tokio::task::AbortHandle;
 
 use super::failure;
 use super::flight::Flight;
+use super::script::Script;
 use crate::clock::Instant;
 use crate::engine::lock;
 use crate::engine::worker::OnDrop;
@@ -52,6 +53,8 @@ pub(super) struct Link {
 
 struct Shared {
     source: Arc<Source>,
+    /// What will be run over it.
+    scripts: &'static [&'static LazyLock<Script>],
     current: Mutex<Option<Arc<Opened>>>,
     opening: Flight,
     /// How many connections there have been.
@@ -144,13 +147,14 @@ impl Connected {
 }
 
 impl Link {
-    pub(super) fn new(source: Source) -> Self {
-        Self::of(Arc::new(source))
+    pub(super) fn new(source: Source, scripts: &'static [&'static LazyLock<Script>]) -> Self {
+        Self::of(Arc::new(source), scripts)
     }
 
-    fn of(source: Arc<Source>) -> Self {
+    fn of(source: Arc<Source>, scripts: &'static [&'static LazyLock<Script>]) -> Self {
         let shared = Shared {
             source,
+            scripts,
             current: Mutex::default(),
             opening: Flight::new(OPEN_TIMEOUT),
             generation: AtomicU64::new(0),
@@ -161,7 +165,7 @@ impl Link {
 
     /// Another connection to the same server.
     pub(super) fn another(&self) -> Self {
-        Self::of(self.shared.source.clone())
+        Self::of(self.shared.source.clone(), self.shared.scripts)
     }
 
     /// Whether there can be other connections, such as to subscribe over: not where all there is is one of the user's.
@@ -244,6 +248,13 @@ impl Shared {
             .await
             .map_err(failure::of_opening)?;
         let run_id = identify(&mut Connected::Users(Box::new(connection.clone()))).await?;
+        // So that a request is one message: one that is sent again in full comes after what was sent meanwhile, such as its
+        // own release. Without the right to load scripts that is how it is, once for each.
+        let mut load = redis::pipe();
+        for script in self.scripts {
+            load.cmd("SCRIPT").arg("LOAD").arg(script.source()).ignore();
+        }
+        let _ = load.query_async::<()>(&mut connection.clone()).await;
         let broken = Arc::new(AtomicBool::new(false));
         let gone = OnDrop(Some({
             let broken = broken.clone();

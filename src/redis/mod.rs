@@ -68,8 +68,8 @@
 //! ~fencelock:* &fencelock:* +eval +evalsha +subscribe +publish +time +exists +get +set +del +pttl +pexpire +zadd +zrange +zrem +zscore +hget +hset +hdel
 //! ```
 //!
-//! and for `redlock:` also `+info +hmget`. `+info` lets `redis:` notice a Sentinel or a cluster, `+select` is for a database
-//! other than 0, `+wait` for `replicas=`, `+role` for a master behind Sentinel. What is missing is an error of kind
+//! and for `redlock:` also `+info +hmget`. `+info` lets `redis:` notice a Sentinel or a cluster, `+script|load` saves
+//! a round trip after each restart of the server, `+select` is for a database other than 0, `+wait` for `replicas=`, `+role` for a master behind Sentinel. What is missing is an error of kind
 //! [`Denied`](crate::ErrorKind::Denied).
 //!
 //! # TLS

@@ -34,6 +34,12 @@ pub(super) static NODE_LEAVE: LazyLock<Script> = script!("queue.lua", "redlock/n
 pub(super) static ENLIST: LazyLock<Script> = script!("redlock/enlist.lua");
 pub(super) static ADMIT: LazyLock<Script> = script!("redlock/admit.lua");
 
+/// What locks on one server take.
+pub(super) static OF_SERVER: [&LazyLock<Script>; 5] = [&CLAIM, &RELEASE, &TRANSFER, &LEAVE, &RENEW];
+/// What a node of Redlock takes.
+pub(super) static OF_NODE: [&LazyLock<Script>; 7] =
+    [&VOTE, &RAISE, &NODE_RELEASE, &NODE_LEAVE, &RENEW, &ENLIST, &ADMIT];
+
 /// The scripts count in numbers that are exact up to 2^53.
 pub(super) fn exhausted() -> Error {
     Error::new(
@@ -45,6 +51,10 @@ pub(super) fn exhausted() -> Error {
 impl Script {
     fn new(source: &'static str) -> Self {
         Self { hash: redis::Script::new(source).get_hash().to_owned(), source }
+    }
+
+    pub(super) fn source(&self) -> &'static str {
+        self.source
     }
 
     /// One round trip, except where the server has forgotten the script (`SCRIPT FLUSH`, a restart, a failover).

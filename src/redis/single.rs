@@ -156,7 +156,7 @@ impl RedisLocks {
     }
 
     fn over(source: Source) -> Self {
-        let link = Arc::new(Link::new(source));
+        let link = Arc::new(Link::new(source, &script::OF_SERVER));
         let places = Arc::new(Places::default());
         let subscription =
             link.can_open_more().then(|| Subscription::new(super::new_channel(), places.clone()));

@@ -94,7 +94,7 @@ impl Target for Redis {
             (0..self.servers).map(|_| RedisServer::options().password(PASSWORD).start()).collect();
         let url = |server: &RedisServer| format!("redis://:{PASSWORD}@{}", server.addr());
         let urls: Vec<_> = servers.iter().map(url).collect();
-        let harness = Servers { target: *self, servers, urls };
+        let harness = Running { target: *self, servers, urls };
         if self.dead > 0 {
             // All have to be there at first, since none of them has a vote from the beginning.
             let all = harness.provider(LockOptions::new()).await;
@@ -112,14 +112,14 @@ impl Target for Redis {
 }
 
 #[derive(Debug)]
-struct Servers {
+struct Running {
     target: Redis,
     servers: Vec<RedisServer>,
     urls: Vec<String>,
 }
 
 #[async_trait]
-impl Harness for Servers {
+impl Harness for Running {
     async fn provider(&self, options: LockOptions) -> Box<dyn LockProvider> {
         let urls: Vec<_> = self.urls.iter().map(String::as_str).collect();
         self.target.provider(&urls, options).await

@@ -119,7 +119,7 @@ impl Redlock {
         let (channel, places) = (super::new_channel(), Arc::new(Places::default()));
         let node = |client| {
             Arc::new(Node {
-                link: Arc::new(Link::new(Source::Client(client))),
+                link: Arc::new(Link::new(Source::Client(client), &script::OF_NODE)),
                 subscription: Subscription::new(channel.clone(), places.clone()),
             })
         };
