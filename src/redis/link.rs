@@ -2,7 +2,7 @@
 //! back-off, when it is broken.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Weak};
 use std::time::Duration;
 
@@ -23,10 +23,9 @@ use crate::error::{Error, ErrorKind, Result};
 pub(super) const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long an answer may take before its connection counts as broken.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Who gives up a request after so long without an answer has reason to doubt the connection.
+/// Who gives up a request after so long without an answer has reason to doubt the connection, unless others have had
+/// answers over it meanwhile.
 const DOUBT_AFTER: Duration = Duration::from_millis(50);
-/// So old a connection must be before doubt alone replaces it: a server that is just slow must not be flooded with new ones.
-const DOUBT_AGE: Duration = Duration::from_secs(1);
 
 /// Where connections come from.
 pub(super) enum Source {
@@ -69,8 +68,9 @@ pub(super) struct Opened {
     pub(super) generation: u64,
     /// The server's run id, if it tells: another one after each restart.
     pub(super) run_id: Option<String>,
-    since: Instant,
     broken: Arc<AtomicBool>,
+    /// When something was last answered over it, in the nanoseconds of [`Instant`].
+    answered_at: AtomicI64,
     /// A request has been answered: this server does what it is asked.
     works: AtomicBool,
     /// Where it is from.
@@ -97,12 +97,14 @@ impl Opened {
     async fn request(&self, command: &Cmd) -> Result<Value, RedisError> {
         let sent = Instant::now();
         let mut unanswered = OnDrop(Some(|| {
-            if sent.elapsed() >= DOUBT_AFTER && self.since.elapsed() >= DOUBT_AGE {
+            let is_silent = self.answered_at.load(Ordering::Relaxed) < sent.to_nanos();
+            if is_silent && sent.elapsed() >= DOUBT_AFTER {
                 self.break_off();
             }
         }));
         let answer = self.connection.clone().req_packed_command(command).await.and_then(Value::extract_error);
         unanswered.0 = None;
+        self.answered_at.fetch_max(Instant::now().to_nanos(), Ordering::Relaxed);
         match &answer {
             Ok(_) if !self.works.swap(true, Ordering::Relaxed) => {
                 if let Some(link) = self.link.upgrade() {
@@ -265,9 +267,10 @@ impl Shared {
             std::future::pending::<()>().await;
         });
         let generation = self.generation.fetch_add(1, Ordering::AcqRel) + 1;
-        let (anchor, since) = (anchor.abort_handle(), Instant::now());
+        let anchor = anchor.abort_handle();
         let (works, link) = (AtomicBool::new(false), Arc::downgrade(&self));
-        let opened = Opened { connection, generation, run_id, since, broken, works, link, anchor };
+        let answered_at = AtomicI64::new(Instant::now().to_nanos());
+        let opened = Opened { connection, generation, run_id, broken, answered_at, works, link, anchor };
         *lock(&self.current) = Some(Arc::new(opened));
         Ok(())
     }

@@ -18,7 +18,7 @@ const REDIS: &str = "~fencelock:* &fencelock:* +eval +evalsha +subscribe +publis
                      +pexpire +zadd +zrange +zrem +zscore +hget +hset +hdel";
 
 /// By this, `connect` tells a Sentinel, and a part of a cluster, from a server of its own.
-const USEFUL: &str = "+info";
+const USEFUL: &str = "+info +script|load";
 
 /// What a user of `redlock:` needs besides.
 const REDLOCK: &str = "+info +hmget";
@@ -82,7 +82,7 @@ async fn the_documented_rights_are_enough() {
         used.unwrap_or_else(|error| panic!("{rights}: {}", everything(&error)));
         assert_eq!(
             redis.command(&["ACL", "LOG"]).matches("locker").count(),
-            usize::from(!rights.contains("+info")) * 2
+            usize::from(!rights.contains("+info")) * 4
         );
     }
     // A database that isn't 0, and replicas.
@@ -92,7 +92,7 @@ async fn the_documented_rights_are_enough() {
     let url = format!("redis://{}/1?ttl=5s&replicas=1&replica_timeout=1s", host(&redis));
     drop(super::take(&*connected(&url).await, "x").await);
 
-    let servers: Vec<_> = (0..3).map(|_| start(&format!("{REDIS} {REDLOCK}"))).collect();
+    let servers: Vec<_> = (0..3).map(|_| start(&format!("{REDIS} {REDLOCK} {USEFUL}"))).collect();
     let hosts: Vec<_> = servers.iter().map(host).collect();
     let url = format!("redlock://{}?ttl=3s&retry_for=5s", hosts.join(","));
     let used = within("all of it", use_everything(&url, &[])).await;
