@@ -92,6 +92,8 @@ pub(crate) fn pttl(server: &RedisServer, name: &str) -> i64 {
 /// Waits until the lock has been renewed on the server.
 pub(crate) async fn renewed(server: &RedisServer, name: &str) {
     let rises = async {
+        // A grant of Redlock doesn't wait for the slowest of its servers.
+        until(server, &["EXISTS", &lock_key(name)], |reply| reply == "1").await;
         let mut last = pttl(server, name);
         loop {
             sleep(Duration::from_millis(5)).await;
