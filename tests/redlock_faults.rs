@@ -432,6 +432,33 @@ async fn after_a_restart_of_all_without_their_data_the_holder_learns_it_and_toke
     guard.release().await.unwrap();
 }
 
+/// Each sees some of them still without a vote, and others that somebody else has just admitted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_who_connect_to_new_servers_at_the_same_moment_get_in() {
+    if left_out("redis") {
+        return;
+    }
+    let nodes = Nodes::start(3, secs(20)).await;
+    for round in 0..20 {
+        for server in &nodes.servers {
+            server.command(&["FLUSHALL"]);
+        }
+        let start = Arc::new(Barrier::new(6));
+        let mut clients = JoinSet::new();
+        for _ in 0..6 {
+            let (client, start) = (nodes.with_ttl(secs(5)), start.clone());
+            clients.spawn(async move {
+                start.wait().await;
+                client.backend().connect().await?;
+                client.create_lock("x").acquire().await?.release().await
+            });
+        }
+        while let Some(client) = clients.join_next().await {
+            client.unwrap().unwrap_or_else(|error| panic!("round {round}: {error}"));
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_renewal_on_a_minority_is_no_loss_until_the_deadline() {
     if left_out("redis") {

@@ -38,6 +38,8 @@ const LONGEST_TTL: Duration = Duration::from_secs(60);
 const SPLIT_FOR: Duration = Duration::from_millis(500);
 /// How long a waiter that was woken by one node waits for the others to be free, too.
 const GATHER: Duration = Duration::from_millis(3);
+/// How long somebody else may take to give new nodes their votes.
+const ADMISSION: Duration = Duration::from_secs(2);
 /// How often nodes without a vote are looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 
@@ -156,11 +158,19 @@ impl Redlock {
     /// Dropping the future leaves nothing behind but perhaps open connections.
     pub async fn connect(&self) -> Result<()> {
         current_runtime()?;
-        let (members, errors) = self.shared.admit(Duration::from_secs(2)).await;
-        if members >= quorum(self.shared.nodes.len()) {
-            Ok(())
-        } else {
-            Err(no_majority(errors, self.shared.nodes.len()))
+        let nodes = self.shared.nodes.len();
+        let (began, mut backoff) =
+            (Instant::now(), Backoff::new(Duration::from_millis(10), Duration::from_millis(200)));
+        loop {
+            let (members, errors) = self.shared.admit(Duration::from_secs(2)).await;
+            if members >= quorum(nodes) {
+                return Ok(());
+            }
+            // Others who connect to new servers at the same moment may be about to give them their votes.
+            if errors.len() > nodes - quorum(nodes) || began.elapsed() > ADMISSION {
+                return Err(no_majority(errors, nodes));
+            }
+            tokio::time::sleep(backoff.next()).await;
         }
     }
 }
