@@ -58,13 +58,19 @@ const REDIS: [&str; 4] = ["redis", "rediss", "redis+unix", "redlock"];
 /// # Errors
 ///
 /// [`Config`](ErrorKind::Config) for a URL or a parameter that can't be, [`Unsupported`](ErrorKind::Unsupported) for a
-/// backend that this build hasn't got; and what the backend says when it can't be reached. The URL is never part of an
-/// error: it may contain a password.
+/// backend that this build hasn't got; and what the backend says when it can't be reached, which is tried once: make the
+/// provider of a [backend](crate::redis) yourself to start before its server does. The URL is never part of an error: it may
+/// contain a password.
 ///
 /// # Cancel safety
 ///
 /// Dropping the future leaves nothing behind, but perhaps the directory of `file:`.
 pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
+    if url.trim() != url {
+        let error =
+            Error::new(ErrorKind::Config, "the URL begins or ends with white space, such as a line break");
+        return Err(error.during("connect", "url", None));
+    }
     let parts = url.split_once(':').map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
     let result = match parts.as_ref().map(|(scheme, rest)| (&**scheme, *rest)) {
         Some(("memory", rest)) => connect_memory(rest),
@@ -124,8 +130,14 @@ async fn connect_redis(tls: bool, rest: &str) -> Result<Box<dyn LockProvider>> {
         replica_timeout: own.duration("replica_timeout")?,
     })?;
     let provider = common.build(locks)?;
-    provider.backend().connect().await?;
+    provider.backend().connect().await.map_err(reached("redis"))?;
     Ok(Box::new(provider))
+}
+
+/// An error of the backend itself, no longer of the URL.
+#[cfg(feature = "redis")]
+fn reached(backend: &'static str) -> impl Fn(Error) -> Error {
+    move |error| error.during("connect", backend, None)
 }
 
 #[cfg(feature = "redis")]
@@ -134,7 +146,7 @@ async fn connect_redis_socket(rest: &str) -> Result<Box<dyn LockProvider>> {
     let url = RedisUrl { tls: false, rest };
     let client = url.unix_client(own.get("db"), own.get("user"), own.get("password"))?;
     let provider = common.build(RedisLocks::new(client))?;
-    provider.backend().connect().await?;
+    provider.backend().connect().await.map_err(reached("redis"))?;
     Ok(Box::new(provider))
 }
 
@@ -147,7 +159,7 @@ async fn connect_redlock(rest: &str) -> Result<Box<dyn LockProvider>> {
         locks = locks.longest_ttl(ttl);
     }
     let provider = common.build(locks)?;
-    provider.backend().connect().await?;
+    provider.backend().connect().await.map_err(reached("redlock"))?;
     Ok(Box::new(provider))
 }
 
@@ -169,7 +181,7 @@ fn unknown(scheme: &str) -> Error {
     }
     // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
     let known = if cfg!(feature = "redis") {
-        "`memory:`, `file:`, `redis:` and `redlock:`"
+        "`memory:`, `file:`, `redis:`, `rediss:`, `redis+unix:` and `redlock:`"
     } else {
         "`memory:` and `file:`"
     };
@@ -318,6 +330,7 @@ mod tests {
         for (url, says) in [
             ("", "must begin with a scheme"),
             ("memory", "must begin with a scheme"),
+            ("memory:\n", "white space"),
             ("mysql://localhost", "this build knows `memory:`"),
             ("file:", "needs a directory"),
             ("file://host/dir", "names no host"),

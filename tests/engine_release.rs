@@ -259,3 +259,19 @@ async fn a_provider_that_is_gone_still_releases_what_was_dropped() {
     drop(guard);
     assert!(is_free_within(&server, 10).await);
 }
+
+/// The server frees it by itself; who shuts down with the server gone must not wait for another TTL.
+#[tokio::test(start_paused = true)]
+async fn what_has_run_out_holds_up_no_close() {
+    let server = Faulty::default();
+    let provider = server.provider();
+    let guard = provider.create_lock_with("x", LockOptions::new().ttl(secs(30))).acquire().await.unwrap();
+    let down = Fault::Refuse(ErrorKind::Unavailable);
+    server.always(Op::Renew, down).always(Op::Release, down);
+    guard.lost().await;
+    let lost = Instant::now();
+    guard.release().await.unwrap_err();
+    provider.close().await.unwrap();
+    assert!(lost.elapsed() < secs(1), "{:?}", lost.elapsed());
+    assert_eq!(server.count(Op::Release), 1);
+}

@@ -257,12 +257,16 @@ impl<B: Backend> Keeper<B> {
                 }
             }
             Renewal::Failed(error) => {
-                tracing::warn!(
-                    lock.name = %holding.display_name().quoted(),
-                    lock.token = crate::guard::Held::token(&**holding).get(),
-                    %error,
-                    "renewal failed: the old deadline stands"
-                );
+                let what = holding.display_name().quoted();
+                let (token, backend) = (crate::guard::Held::token(&**holding).get(), engine.backend.name());
+                // The first one is news.
+                if lock(&holding.timing).failures == 0 {
+                    tracing::warn!(lock.name = %what, lock.backend = backend, lock.token = token, %error,
+                        "renewal failed: the old deadline stands");
+                } else {
+                    tracing::debug!(lock.name = %what, lock.backend = backend, lock.token = token, %error,
+                        "renewal failed again");
+                }
                 let delay = retry_delay(holding);
                 let at = Instant::now() + delay;
                 if let Some(session) = tenure.session() {

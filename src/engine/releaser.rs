@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
@@ -299,7 +300,9 @@ impl<B: Backend> Engine<B> {
     ) -> Result<Released> {
         let began = Instant::now();
         let mut backoff = Backoff::between_retries();
-        let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + holding.terms.ttl);
+        // What has run out the server frees by itself: it is told so once.
+        let time = if holding.is_past_ttl() { Duration::ZERO } else { holding.terms.ttl };
+        let limit = limit.unwrap_or(Instant::NEVER).min(Instant::now() + time);
         loop {
             // Without any retry a request still takes a round trip.
             let patience = limit.remaining().max(ROUND_TRIP).min(holding.terms.ttl / PATIENCE);

@@ -20,21 +20,24 @@ pub(super) fn spoils_connection(error: &RedisError) -> bool {
 }
 
 /// An error of a request that may have been carried out.
-pub(super) fn of_request(error: RedisError) -> Error {
-    match refusal(&error) {
+pub(super) fn of_request(error: &RedisError) -> Error {
+    match refusal(error) {
         Some((kind, message)) => Error::new(kind, message),
         None => Error::new(ErrorKind::Unknown, "the request to redis failed, and may have been carried out"),
     }
-    .with_source(error)
+    .with_source(text(error))
 }
 
-/// An error of setting up a connection: nothing that matters was sent.
-pub(super) fn of_opening(error: RedisError) -> Error {
-    let (kind, message) = match (refusal(&error), error.kind()) {
+/// The driver's error in words: as a source it would say the same as its own source once more.
+fn text(error: &RedisError) -> String {
+    error.to_string()
+}
+
+/// An error of setting up a connection to this server: nothing that matters was sent.
+pub(super) fn of_opening(error: &RedisError, server: &str) -> Error {
+    let (kind, message) = match (refusal(error), error.kind()) {
         (Some(refusal), _) => refusal,
-        (None, Kind::AuthenticationFailed) => {
-            (ErrorKind::Denied, "redis doesn't accept the user or the password")
-        }
+        (None, Kind::AuthenticationFailed) => (ErrorKind::Denied, NO_LOGIN),
         (None, Kind::InvalidClientConfig | Kind::RESP3NotSupported) => {
             (ErrorKind::Config, "the connection settings can't be used")
         }
@@ -46,8 +49,11 @@ pub(super) fn of_opening(error: RedisError) -> Error {
         }
         (None, _) => (ErrorKind::Unavailable, "redis can't be reached"),
     };
-    Error::new(kind, message).with_source(error)
+    Error::new(kind, format!("{message}: {server}")).with_source(text(error))
 }
+
+const NO_LOGIN: &str = "redis doesn't accept the user or the password, or misses them (in a URL a password alone is \
+                        written `redis://:PASSWORD@host`)";
 
 const CLUSTER: &str = "this server is part of a Redis Cluster, which isn't supported: use one server, Sentinel, or \
                        `redlock://` over independent servers";
@@ -56,7 +62,7 @@ pub(super) fn cluster() -> Error {
     Error::new(ErrorKind::Unsupported, CLUSTER)
 }
 
-const NO_RIGHT: &str = "redis doesn't let this user do that: see the module's documentation for the commands, keys and \
+const NO_RIGHT: &str = "redis doesn't let this user do that: see the documentation of the module `fencelock::redis` for the commands, keys and \
                         channels that locks need";
 
 /// What a user may not do within a script is an error without a code of its own, up to Redis 7.0.
@@ -71,9 +77,7 @@ fn refusal(error: &RedisError) -> Option<(ErrorKind, &'static str)> {
     match (error.kind(), error.code()) {
         (Kind::Server(Server::NoPerm), _) => Some((ErrorKind::Denied, NO_RIGHT)),
         _ if is_denied_in_script(error) => Some((ErrorKind::Denied, NO_RIGHT)),
-        (_, Some("NOAUTH" | "WRONGPASS")) => {
-            Some((ErrorKind::Denied, "redis doesn't accept the user or the password"))
-        }
+        (_, Some("NOAUTH" | "WRONGPASS")) => Some((ErrorKind::Denied, NO_LOGIN)),
         (Kind::Server(Server::Moved | Server::Ask | Server::CrossSlot | Server::ClusterDown), _) => {
             Some((ErrorKind::Unsupported, CLUSTER))
         }

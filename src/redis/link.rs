@@ -35,6 +35,17 @@ pub(super) enum Source {
     Connection(Box<dyn UsersConnection>),
 }
 
+impl Source {
+    /// Which server it is, for messages.
+    fn name(&self) -> String {
+        match self {
+            Self::Client(client) => client.get_connection_info().addr().to_string(),
+            Self::Sentinel(_) => "the master behind the Sentinels".to_owned(),
+            Self::Connection(_) => "the server of the given connection".to_owned(),
+        }
+    }
+}
+
 /// A connection that can be shared, whichever it is.
 pub(super) trait UsersConnection: Send + Sync {
     fn share(&self) -> Box<dyn ConnectionLike + Send>;
@@ -114,7 +125,7 @@ impl Opened {
             Err(error) if failure::spoils_connection(error) => {
                 // Another one at once may do no better.
                 if let Some(link) = self.link.upgrade().filter(|_| !self.works.load(Ordering::Relaxed)) {
-                    link.opening.fails(failure::of_opening(error.clone()));
+                    link.opening.fails(failure::of_opening(error, &link.source.name()));
                 }
                 self.break_off();
             }
@@ -181,7 +192,7 @@ impl Link {
             Source::Connection(users) => {
                 let mut connection = Connected::Users(users.share());
                 if !self.shared.users_is_known.load(Ordering::Acquire) {
-                    identify(&mut connection).await?;
+                    identify(&mut connection, &self.shared.source.name()).await?;
                     self.shared.users_is_known.store(true, Ordering::Release);
                 }
                 Ok(connection)
@@ -215,7 +226,7 @@ impl Link {
             sink.subscribe(channel).await?;
             Ok((sink, messages))
         };
-        subscribe.await.map_err(failure::of_opening)
+        subscribe.await.map_err(|error| failure::of_opening(&error, &self.shared.source.name()))
     }
 
     /// Which connection is the present one.
@@ -241,15 +252,15 @@ impl Shared {
     }
 
     async fn open(self: Arc<Self>) -> Result<()> {
-        let client = self.client().await.map_err(failure::of_opening)?;
+        let refused = |error| failure::of_opening(&error, &self.source.name());
+        let client = self.client().await.map_err(refused)?;
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(None) // ours covers all of it
             .set_response_timeout(Some(ANSWER_TIMEOUT));
-        let connection = client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
-            .map_err(failure::of_opening)?;
-        let run_id = identify(&mut Connected::Users(Box::new(connection.clone()))).await?;
+        let connection =
+            client.get_multiplexed_async_connection_with_config(&config).await.map_err(refused)?;
+        let run_id =
+            identify(&mut Connected::Users(Box::new(connection.clone())), &self.source.name()).await?;
         // So that a request is one message: one that is sent again in full comes after what was sent meanwhile, such as its
         // own release. Without the right to load scripts that is how it is, once for each.
         let mut load = redis::pipe();
@@ -285,14 +296,14 @@ fn install_cryptography() {
 }
 
 /// Asks the server what it is. Its run id, if the user may know.
-async fn identify(connection: &mut Connected) -> Result<Option<String>> {
+async fn identify(connection: &mut Connected, server: &str) -> Result<Option<String>> {
     let mut info = redis::cmd("INFO");
     let info = match connection.request(info.arg("server")).await {
         Ok(info) => info,
         Err(error) if error.kind() == redis::ErrorKind::Server(redis::ServerErrorKind::NoPerm) => {
             return Ok(None);
         }
-        Err(error) => return Err(failure::of_opening(error)),
+        Err(error) => return Err(failure::of_opening(&error, server)),
     };
     // A connection to a whole cluster has as many answers as nodes.
     let Ok(info) = redis::from_redis_value::<String>(info) else { return Err(failure::cluster()) };
@@ -315,11 +326,9 @@ fn timed_out() -> RedisError {
 
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let source = match &*self.shared.source {
-            Source::Client(client) => client.get_connection_info().addr().to_string(),
-            Source::Sentinel(_) => "sentinel".to_owned(),
-            Source::Connection(_) => "connection".to_owned(),
-        };
-        f.debug_struct("Link").field("to", &source).field("generation", &self.generation()).finish()
+        f.debug_struct("Link")
+            .field("to", &self.shared.source.name())
+            .field("generation", &self.generation())
+            .finish()
     }
 }

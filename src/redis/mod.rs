@@ -6,7 +6,7 @@
 //! | `rediss://…` | the same over TLS: with feature `rustls` or `native-tls`, and the certificates that the system trusts |
 //! | `redis+unix:/PATH?db=DB&user=USER&password=PASSWORD` | the same over a Unix socket |
 //! | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels (port 26379) watch; with `sentinel_username=` and `sentinel_password=` if the Sentinels ask for them |
-//! | `redlock://HOST,HOST,HOST` | Redlock over three or more independent servers; `tls=true` for TLS, `longest_ttl=60s` for [`Redlock::longest_ttl`] |
+//! | `redlock://HOST,HOST,HOST` | Redlock over three or more independent servers; `/DB` and users as above, `tls=true` for TLS, `longest_ttl=60s` for [`Redlock::longest_ttl`] |
 //!
 //! `replicas=N` and `replica_timeout=100ms` of a `redis` URL are [`RedisLocks::wait_for_replicas`]. In user and password
 //! `/ ? @ : , # %` are percent-encoded. User and password of the first host are also those of hosts without. For anything
@@ -43,18 +43,35 @@
 //! - A token can repeat only if the server has lost its data and its clock is behind by more than the outage took, or if
 //!   a lock that nobody has used for seven days is used while the clock is that far behind.
 //!
+//! # Programs without this crate
+//!
+//! A program that takes its lock as
+//!
+//! ```text
+//! SET fencelock:{app:nightly-report} <something random> NX PX 30000
+//! ```
+//!
+//! excludes us, and is excluded. It has to renew the key by itself, and to delete it only while the value is its own (a
+//! script that compares first: a bare `DEL` by a holder who is late frees somebody else's lock). It draws no fencing token.
+//! Waiters notice that it is gone within a second. While processes of this crate queue, the lock goes from one to the next, so
+//! that such a program may wait for long. With `redlock:` the key would have to be set on a majority of the servers.
+//!
+//! Beside the lock there are `…:fence`, the counter of tokens, which stays for seven days after the last use of the name;
+//! `…:queue` and `…:waiters`, while somebody waits; and `…:dead:…` for some minutes after a claim that was broken off.
+//!
 //! # Redlock
 //!
 //! A lock is held by whoever has it on a majority of servers that know nothing of each other, so that it survives the death
 //! of the others. A grant takes one round trip to all of them in parallel, or two if their counters of tokens differ; it
 //! stands for the TTL less the time that took, 1 % of the TTL, and 2 ms. A server that doesn't answer is waited for no
-//! longer than a tenth of the TTL, at most a second.
+//! longer than a tenth of the TTL, at most a second; when connecting, two seconds.
 //!
 //! A server that was restarted, or has lost its data, has no vote for [`longest_ttl`](Redlock::longest_ttl), measured by its own
 //! clock: it could give away what it has forgotten. If its data came back, the locks in it still count for their holders; if
 //! not, a lock that was taken before stands on the other servers only, until it is taken anew. So restart one at a time, at
 //! least `longest_ttl` apart, and without persistence only as often as locks are taken. New servers are all needed once,
-//! when the first provider connects. If all lose their data within one TTL, locks are lost.
+//! when the first provider connects. If all lose their data within one TTL they look like new ones, and locks are lost. Two
+//! servers of three that restart within `longest_ttl` leave no majority until it is over.
 //!
 //! A client whose clock is wrong by more than an hour proposes tokens within an hour of the servers' clocks.
 //!

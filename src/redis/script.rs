@@ -76,7 +76,7 @@ impl Script {
             }
             answer => answer,
         }
-        .map_err(failure::of_request)
+        .map_err(|error| failure::of_request(&error))
     }
 }
 

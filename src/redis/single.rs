@@ -367,7 +367,8 @@ impl Replicas {
         }
         let mut wait = redis::cmd("WAIT");
         wait.arg(self.count).arg(millis(self.timeout));
-        let have = connected.request(&wait).await.map_err(super::failure::of_request).map_err(failed)?;
+        let have =
+            connected.request(&wait).await.map_err(|error| failed(super::failure::of_request(&error)))?;
         match have {
             Value::Int(have) if have >= i64::from(self.count) => Ok(sent + super::waiting::whole_millis(ttl)),
             _ => Err(unknown("too few replicas have the grant: it is taken back")),

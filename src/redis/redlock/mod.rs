@@ -5,6 +5,7 @@ mod membership;
 mod node;
 mod standing;
 
+use std::error::Error as _;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -463,11 +464,15 @@ fn no_majority(errors: Vec<Error>, nodes: usize) -> Error {
     let hopeless = for_good > nodes - quorum(nodes);
     let unknown = errors.iter().any(|error| error.kind() == ErrorKind::Unknown);
     let kind = if unknown { ErrorKind::Unknown } else { ErrorKind::Unavailable };
+    let in_full = |error: &Error| match error.source() {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    };
+    let all: Vec<_> = errors.iter().map(in_full).collect();
     match errors.into_iter().min_by_key(Error::is_retryable) {
         Some(error) if hopeless => error,
-        Some(error) => {
-            Error::new(kind, "too few of the redis servers can be reached, or have a vote").with_source(error)
-        }
+        Some(_) => Error::new(kind, "too few of the redis servers can be reached, or have a vote")
+            .with_source(all.join("; ")),
         None => Error::new(
             ErrorKind::Unavailable,
             "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
