@@ -239,8 +239,7 @@ impl Shared {
         }
     }
 
-    /// Has a script run on all nodes for its effect. How many have said yes and no once a majority has said either, or
-    /// what has gone wrong.
+    /// Has a script run on all nodes for its effect, and says what a majority has answered, once one has.
     async fn tell_all(
         &self,
         script: &'static LazyLock<Script>,
