@@ -101,6 +101,8 @@ mod inbox;
 mod keys;
 mod link;
 mod redlock;
+mod replicas;
+mod reply;
 mod script;
 mod single;
 mod url;

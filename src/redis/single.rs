@@ -10,6 +10,8 @@ use redis::{Client, Value};
 use super::inbox::{Hears, Place, Places, Subscription};
 use super::keys::{self, Keys, owner_value};
 use super::link::{Link, Source};
+use super::replicas::{MAX_REPLICA_WAIT, Replicas};
+use super::reply::{read_renewals, read_reply};
 use super::script;
 use super::waiting::{Granted, Reply, Step, Waiting, grace, millis};
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Mode, Outcome, Released, Renewal};
@@ -23,8 +25,6 @@ use crate::guard::Loss;
 /// The shortest TTL: renewal has to fit in, with a hiccup or two.
 pub(super) const MIN_TTL: Duration = Duration::from_millis(100);
 pub(super) const MAX_TTL: Duration = Duration::from_secs(365 * 86_400);
-/// The longest time that a grant may wait for replicas: everything else stands behind it.
-const MAX_REPLICA_WAIT: Duration = Duration::from_secs(1);
 
 /// Locks on one Redis server, or on the master that Sentinels watch. See the [module](super) for what they promise.
 ///
@@ -43,15 +43,6 @@ pub struct RedisLocks {
     subscription: Option<Subscription<Waiter>>,
     places: Arc<Places<Waiter>>,
     replicas: Option<Replicas>,
-}
-
-/// How many replicas have to have a grant.
-#[derive(Debug)]
-struct Replicas {
-    count: u32,
-    timeout: Duration,
-    /// A connection of its own: what follows a `WAIT` on the same one stands behind it, renewals included.
-    link: Link,
 }
 
 /// What identifies a grant of [`RedisLocks`].
@@ -348,68 +339,6 @@ impl RedisLocks {
         let grant = Grant::lease(RedisHold { keys, owner: Owner(owner) }, token, granted.until);
         Ok(Outcome::Granted(if granted.to_be_confirmed { grant.to_be_confirmed() } else { grant }))
     }
-}
-
-impl Replicas {
-    /// Waits until they have the grant; until when it stands then. `WAIT` looks at what its own connection has written, and
-    /// what was handed over another one has: hence the renewal before it.
-    async fn wait(&self, keys: &Keys, owner: &str, ttl: Duration) -> Result<Instant> {
-        let unknown = |message| Error::new(ErrorKind::Unknown, message);
-        let failed = |error: Error| unknown("the wait for replicas failed").with_source(error);
-        let mut connected = self.link.connected().await.map_err(failed)?;
-        let sent = Instant::now();
-        let answer = script::RENEW
-            .run_over(&mut connected, std::slice::from_ref(&keys.lock), &[owner, &millis(ttl).to_string()])
-            .await
-            .map_err(failed)?;
-        if read_renewals(answer) != Some(vec![1]) {
-            return Err(unknown("the grant was gone before the replicas had it"));
-        }
-        let mut wait = redis::cmd("WAIT");
-        wait.arg(self.count).arg(millis(self.timeout));
-        let have =
-            connected.request(&wait).await.map_err(|error| failed(super::failure::of_request(&error)))?;
-        match have {
-            Value::Int(have) if have >= i64::from(self.count) => Ok(sent + super::waiting::whole_millis(ttl)),
-            _ => Err(unknown("too few replicas have the grant: it is taken back")),
-        }
-    }
-}
-
-/// What the claim and transfer scripts answer; `None` if it is something else, or for somebody else.
-fn read_reply(answer: Value, owner: &str) -> Result<Option<Reply>> {
-    let Value::Array(answer) = answer else { return Ok(None) };
-    let mut answer = answer.into_iter();
-    let Some(Value::BulkString(word)) = answer.next() else { return Ok(None) };
-    let rest: Vec<_> = answer.collect();
-    let is_owner = |bytes: &[u8]| bytes == owner.as_bytes();
-    let left = |left: i64| u64::try_from(left).ok().map(Duration::from_millis);
-    Ok(Some(match (&*word, &*rest) {
-        (b"granted", [Value::Int(token), Value::BulkString(owner)]) if is_owner(owner) => {
-            Reply::Granted { token: token.cast_unsigned() }
-        }
-        (b"mine", [Value::Int(token), Value::BulkString(owner), Value::Int(ms)]) if is_owner(owner) => {
-            Reply::Mine { token: token.cast_unsigned(), left: left(*ms).unwrap_or_default() }
-        }
-        (b"busy", [Value::Int(ms)]) => Reply::Busy { left: left(*ms) },
-        (b"gone", []) => Reply::Gone,
-        (b"dead", []) => {
-            return Err(Error::new(ErrorKind::Unknown, "the claim had been broken off before it arrived"));
-        }
-        (b"exhausted", []) => {
-            return Err(script::exhausted());
-        }
-        _ => return Ok(None),
-    }))
-}
-
-/// What the renewal script answers.
-pub(super) fn read_renewals(answer: Value) -> Option<Vec<i64>> {
-    let Value::Array(answers) = answer else { return None };
-    answers
-        .into_iter()
-        .map(|answer| if let Value::Int(answer) = answer { Some(answer) } else { None })
-        .collect()
 }
 
 pub(super) fn check_mode(claim: &Claim) -> Result<()> {

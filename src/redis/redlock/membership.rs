@@ -2,10 +2,13 @@
 //! restart) could give away a lock that is held, and a token that has been given: it has no vote until every lock that
 //! it may have forgotten has run out, and its counters begin above every token.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::Shared;
 use super::standing::{Standing, admission};
+use crate::clock::Instant;
+use crate::engine::lock;
 use crate::error::Error;
 use crate::redis::waiting::millis;
 
@@ -16,7 +19,26 @@ struct Census {
     errors: Vec<Error>,
 }
 
+/// How often nodes without a vote are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
 impl Shared {
+    /// Some node has no vote: sees to it, in the background unless nothing goes without it.
+    pub(super) async fn look_after_outsiders(self: &Arc<Self>, patience: Duration, needed: bool) {
+        {
+            let mut looked_at = lock(&self.looked_at);
+            if looked_at.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
+                return;
+            }
+            *looked_at = Some(Instant::now());
+        }
+        let shared = self.clone();
+        let task = tokio::spawn(async move { shared.admit(patience).await });
+        if needed {
+            let _ = task.await; // the next round shows what has come of it
+        }
+    }
+
     /// Asks all nodes where they stand, gives a vote to those that can have one, and says how many have one, and why
     /// others haven't.
     pub(super) async fn admit(&self, patience: Duration) -> (usize, Vec<Error>) {

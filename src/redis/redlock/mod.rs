@@ -1,48 +1,45 @@
 //! [`Redlock`]: locks on a majority of independent servers.
 
 mod ballot;
+mod broadcast;
 mod membership;
 mod node;
+mod round;
 mod standing;
 
-use std::error::Error as _;
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, LazyLock};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
 
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
-use redis::{Client, Value};
+use redis::Client;
 
-use self::ballot::{Agreement, Ballot, Verdict, quorum};
-use self::node::{Node, Question, Vote, in_time};
+use self::ballot::quorum;
+use self::broadcast::no_majority;
+use self::node::Node;
+use self::round::{Round, question};
 use super::inbox::{Hears, Place, Places, Subscription};
 use super::keys::{self, Keys, owner_value};
 use super::link::{Link, Source};
-use super::script::{self, Script};
-use super::single::{MIN_TTL, Owner, check_mode, millis_up, read_renewals};
+use super::reply::read_renewals;
+use super::script;
+use super::single::{MIN_TTL, Owner, check_mode, millis_up};
 use super::waiting::{grace, millis, whole_millis};
 use crate::backend::{Backend, Claim, Due, Grant, Instant, Outcome, Released, Renewal};
 use crate::capabilities::{Capabilities, Expiry, Fairness};
 use crate::engine::backoff::{Backoff, jitter};
 use crate::engine::{current_runtime, lock};
 use crate::error::{Error, ErrorKind, Result};
-use crate::fencing::FencingToken;
 use crate::guard::Loss;
 
 /// What a server knows as a node of Redlock.
 const NODE_KEY: &str = "fencelock:redlock";
 /// The longest TTL unless another is set.
 const LONGEST_TTL: Duration = Duration::from_secs(60);
-/// How long one that found the votes split tries again before it counts the lock as busy.
-const SPLIT_FOR: Duration = Duration::from_millis(500);
 /// How long a waiter that was woken by one node waits for the others to be free, too.
 const GATHER: Duration = Duration::from_millis(3);
 /// How long somebody else may take to give new nodes their votes.
 const ADMISSION: Duration = Duration::from_secs(2);
-/// How often nodes without a vote are looked at.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
 
 /// Locks on a majority of several independent Redis servers ("Redlock"), which survive the death of a minority. See the
 /// [module](super) for what they promise.
@@ -90,13 +87,6 @@ impl Hears for Knocks {
     fn hears(&mut self, _generation: u32, _rest: &str) {
         self.heard += 1;
     }
-}
-
-/// What a round came to.
-enum Round {
-    Granted(Grant<RedlockHold>),
-    Busy(Option<Duration>),
-    Split,
 }
 
 impl Redlock {
@@ -187,240 +177,6 @@ impl Shared {
         let ttl = whole_millis(ttl);
         ttl.saturating_sub(ttl / 100 + Duration::from_millis(2))
     }
-
-    /// The clock, or above every token that has been granted here.
-    fn proposal(&self) -> u64 {
-        let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_micros());
-        u64::try_from(micros).unwrap_or(0).max(self.seen.load(Ordering::Acquire) + 1)
-    }
-
-    /// Some node has no vote: sees to it, in the background unless nothing goes without it.
-    async fn look_after_outsiders(self: &Arc<Self>, patience: Duration, needed: bool) {
-        {
-            let mut looked_at = lock(&self.looked_at);
-            if looked_at.is_some_and(|at| at.elapsed() < LOOK_EVERY) {
-                return;
-            }
-            *looked_at = Some(Instant::now());
-        }
-        let shared = self.clone();
-        let task = tokio::spawn(async move { shared.admit(patience).await });
-        if needed {
-            let _ = task.await; // the next round shows what has come of it
-        }
-    }
-
-    /// Asks all nodes, and hands each answer to `take` until that has enough. The slow ones are asked to the end all the
-    /// same: their answers aren't needed, but what is asked is to be done.
-    async fn ask_all<T, F>(
-        &self,
-        ask: impl Fn(Arc<Node>) -> F,
-        mut take: impl FnMut(usize, Result<T>) -> ControlFlow<()>,
-    ) where
-        T: Send + 'static,
-        F: Future<Output = Result<T>> + Send + 'static,
-    {
-        let mut answers: FuturesUnordered<_> = self
-            .nodes
-            .iter()
-            .enumerate()
-            .map(|(number, node)| {
-                let answer = ask(node.clone());
-                async move { (number, answer.await) }
-            })
-            .collect();
-        while let Some((number, answer)) = answers.next().await {
-            if take(number, answer).is_break() {
-                break;
-            }
-        }
-        if !answers.is_empty() {
-            tokio::spawn(async move { while answers.next().await.is_some() {} });
-        }
-    }
-
-    /// Has a script run on all nodes for its effect, and says what a majority has answered, once one has.
-    async fn tell_all(
-        &self,
-        script: &'static LazyLock<Script>,
-        keys: Vec<String>,
-        args: Vec<String>,
-        patience: Duration,
-    ) -> Result<bool> {
-        let told = Arc::new((keys, args));
-        let quorum = quorum(self.nodes.len());
-        let (mut yes, mut no, mut errors) = (0, 0, Vec::new());
-        self.ask_all(
-            |node| {
-                let told = told.clone();
-                async move {
-                    let (keys, args) = &*told;
-                    let args: Vec<_> = args.iter().map(String::as_str).collect();
-                    match node.run(script, keys, &args, patience).await? {
-                        Value::Int(answer) => Ok(answer == 1),
-                        _ => Err(node.out_of_step()),
-                    }
-                }
-            },
-            |_, answer| {
-                match answer {
-                    Ok(true) => yes += 1,
-                    Ok(false) => no += 1,
-                    Err(error) => errors.push(error),
-                }
-                if yes.max(no) >= quorum { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            },
-        )
-        .await;
-        match (yes >= quorum, no >= quorum) {
-            (true, _) => Ok(true),
-            (false, true) => Ok(false),
-            (false, false) => Err(no_majority(errors, self.nodes.len())),
-        }
-    }
-
-    /// One round: both phases, and if it doesn't come to a grant, everything taken back.
-    async fn round(self: &Arc<Self>, claim: &Claim, keys: &Keys, question: Question) -> Result<Round> {
-        let patience = Self::patience(claim.ttl);
-        let (sent, proposal) = (Instant::now(), self.proposal());
-        let question = Arc::new(question);
-        let mut ballot = Ballot::new(self.nodes.len());
-        let (mut times, mut errors, mut outside) = (Vec::new(), Vec::new(), false);
-        // Those that have, or may have, granted it; the slow ones see to it themselves once this round has failed.
-        let (mut granted, failed) = (Vec::new(), Arc::new(AtomicBool::new(false)));
-        self.ask_all(
-            |node| {
-                let (question, failed) = (question.clone(), failed.clone());
-                async move {
-                    let vote = node.vote(&question, proposal, patience).await;
-                    if failed.load(Ordering::Acquire) && may_be_granted(&vote) {
-                        node.take_back(&question, patience).await;
-                    }
-                    vote
-                }
-            },
-            |number, vote| {
-                if may_be_granted(&vote) {
-                    granted.push(number);
-                }
-                match vote {
-                    Ok(Vote::Granted(counter)) => ballot.grants(number, counter),
-                    Ok(Vote::Busy { holder, left }) => {
-                        ballot.refuses(number, holder);
-                        times.push(left.unwrap_or(Duration::MAX));
-                    }
-                    Ok(Vote::Outside) => {
-                        outside = true;
-                        ballot.fails();
-                    }
-                    Err(error) => {
-                        errors.push(error);
-                        ballot.fails();
-                    }
-                }
-                match ballot.verdict() {
-                    None => ControlFlow::Continue(()),
-                    Some(verdict) => {
-                        failed.store(verdict != Verdict::Won, Ordering::Release);
-                        ControlFlow::Break(())
-                    }
-                }
-            },
-        )
-        .await;
-        let verdict = ballot.verdict().unwrap_or(Verdict::Unreachable); // there is one after the last vote
-        if outside {
-            self.look_after_outsiders(patience, verdict == Verdict::Unreachable).await;
-        }
-        if verdict == Verdict::Won
-            && let Some(token) = self.agree(&mut ballot, &question, patience).await
-            && let Some(token) = FencingToken::new(token)
-        {
-            self.seen.fetch_max(token.get(), Ordering::AcqRel);
-            let until = sent + Self::validity(claim.ttl);
-            if !until.has_passed() {
-                let hold = RedlockHold { keys: keys.clone(), owner: Owner(question.owner.clone()) };
-                return Ok(Round::Granted(Grant::lease(hold, token, until)));
-            }
-        }
-        // What did not answer in time is told, too: on one connection it is done after the claim. What a broken connection
-        // leaves behind on a minority runs out.
-        if verdict == Verdict::Won {
-            granted = (0..self.nodes.len()).collect(); // the slow ones didn't know
-        }
-        let nodes = granted.into_iter().map(|number| self.nodes[number].take_back(&question, patience));
-        futures_util::future::join_all(nodes).await;
-        match verdict {
-            Verdict::Busy => {
-                // When a majority of them will be free, if nobody renews.
-                times.resize(times.len() + ballot.granted(), Duration::ZERO);
-                times.sort_unstable();
-                Ok(Round::Busy(times.get(quorum(self.nodes.len()) - 1).copied()))
-            }
-            Verdict::Split | Verdict::Won => Ok(Round::Split),
-            Verdict::Unreachable => Err(no_majority(errors, self.nodes.len())),
-        }
-    }
-
-    /// Brings a majority to count up to one number. `None`: there is none any more.
-    async fn agree(
-        &self,
-        ballot: &mut Ballot<Vec<u8>>,
-        question: &Question,
-        patience: Duration,
-    ) -> Option<u64> {
-        let (token, behind) = match ballot.agreement() {
-            Agreement::Token(token) => return Some(token),
-            Agreement::Raise { token, nodes } => (token, nodes),
-        };
-        let mut raises: FuturesUnordered<_> = behind
-            .into_iter()
-            .map(|number| async move { (number, self.nodes[number].raise(question, token, patience).await) })
-            .collect();
-        while let Some((number, raised)) = raises.next().await {
-            if let Ok(true) = raised {
-                ballot.raises(number, token);
-            }
-            if let Agreement::Token(token) = ballot.agreement() {
-                return Some(token);
-            }
-        }
-        None
-    }
-
-    /// Rounds until one isn't split any more.
-    async fn rounds(
-        self: &Arc<Self>,
-        claim: &Claim,
-        keys: &Keys,
-        mut next: impl FnMut() -> Question,
-    ) -> Result<Outcome<RedlockHold>> {
-        let (began, mut backoff) =
-            (Instant::now(), Backoff::new(Duration::from_millis(2), Duration::from_millis(50)));
-        loop {
-            match self.round(claim, keys, next()).await? {
-                Round::Granted(grant) => return Ok(Outcome::Granted(grant)),
-                Round::Busy(retry_after) => return Ok(Outcome::Busy { retry_after }),
-                Round::Split if began.elapsed() >= SPLIT_FOR => {
-                    return Ok(Outcome::Busy { retry_after: None });
-                }
-                Round::Split => tokio::time::sleep(backoff.next()).await,
-            }
-        }
-    }
-
-    /// Listens at a majority of the nodes, if they can be reached: the others don't wake anybody yet.
-    async fn listen(&self, patience: Duration) {
-        let (quorum, mut listening) = (quorum(self.nodes.len()), 0);
-        self.ask_all(
-            |node| async move { in_time(patience, node.subscription.ensure(&node.link)).await },
-            |_, ensured| {
-                listening += usize::from(ensured.is_ok()); // what is wrong, the votes will show
-                if listening >= quorum { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-            },
-        )
-        .await;
-    }
 }
 
 impl Place<Knocks> {
@@ -446,51 +202,6 @@ impl Place<Knocks> {
             }
         };
         let _ = tokio::time::timeout(GATHER, gathered).await; // some may never come
-    }
-}
-
-fn may_be_granted(vote: &Result<Vote>) -> bool {
-    match vote {
-        Ok(vote) => matches!(vote, Vote::Granted(_)),
-        Err(error) => error.kind() == ErrorKind::Unknown,
-    }
-}
-
-/// What to say if these errors, out of so many nodes, leave no majority.
-fn no_majority(errors: Vec<Error>, nodes: usize) -> Error {
-    let for_good = errors.iter().filter(|error| !error.is_retryable()).count();
-    // What most of them say won't go away; what a minority says would keep nobody from getting a lock.
-    let hopeless = for_good > nodes - quorum(nodes);
-    let unknown = errors.iter().any(|error| error.kind() == ErrorKind::Unknown);
-    let kind = if unknown { ErrorKind::Unknown } else { ErrorKind::Unavailable };
-    let in_full = |error: &Error| match error.source() {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    };
-    let all: Vec<_> = errors.iter().map(in_full).collect();
-    match errors.into_iter().min_by_key(Error::is_retryable) {
-        Some(error) if hopeless => error,
-        Some(_) => Error::new(kind, "too few of the redis servers can be reached, or have a vote")
-            .with_source(all.join("; ")),
-        None => Error::new(
-            ErrorKind::Unavailable,
-            "too few of the redis servers have a vote: those that were restarted or have lost their data have none \
-             until the longest TTL has passed",
-        ),
-    }
-}
-
-fn question(claim: &Claim, keys: &Keys, from: &str, round: u32, channel: Option<&str>) -> Question {
-    let waiter = channel.map(|channel| {
-        let grace = millis(grace(claim.ttl)).to_string();
-        [owner_value(claim.owner, 0), grace, channel.to_owned()]
-    });
-    Question {
-        keys: node_keys(keys, Some(claim)),
-        owner: owner_value(claim.owner, round),
-        from: from.to_owned(),
-        ttl: millis(claim.ttl).to_string(),
-        waiter,
     }
 }
 
