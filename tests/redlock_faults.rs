@@ -467,7 +467,8 @@ async fn a_renewal_on_a_minority_is_no_loss_until_the_deadline() {
     let ttl = secs(2);
     let nodes = Nodes::start(3, secs(20)).await;
     let [a, b] = [(); 2].map(|()| nodes.with_ttl(ttl));
-    take(&b, "x").await.release().await.unwrap();
+    // Of another name: what its release has not reached yet would be busy for the next.
+    take(&b, "to connect").await.release().await.unwrap();
     let majority = &nodes.servers[1..];
 
     // Until the deadline.
