@@ -58,8 +58,13 @@ impl Keys {
         ["", ":fence", ":queue", ":waiters"].map(|suffix| [&self.lock, suffix].concat())
     }
 
+    /// Those, and the tombstone of an owner.
+    pub(super) fn with_tombstone(&self, owner: OwnerId) -> Vec<String> {
+        self.common().into_iter().chain([self.tombstone(owner)]).collect()
+    }
+
     /// Stands while claims of this owner are refused.
-    pub(super) fn tombstone(&self, owner: OwnerId) -> String {
+    fn tombstone(&self, owner: OwnerId) -> String {
         [&self.lock, ":dead:", &owner.to_hex()].concat()
     }
 }

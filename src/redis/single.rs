@@ -199,8 +199,7 @@ impl RedisLocks {
 
     /// Sends the claim script, and reads its answer.
     async fn ask(&self, claim: &Claim, keys: &Keys, owner: &str, how: How) -> Result<Reply> {
-        let mut all: Vec<_> = keys.common().into();
-        all.push(keys.tombstone(claim.owner));
+        let all = keys.with_tombstone(claim.owner);
         let (ttl, grace) = (millis(claim.ttl).to_string(), millis(grace(claim.ttl)).to_string());
         let channel = self.subscription.as_ref().map_or("", |subscription| subscription.channel());
         let args: &[&str] = match how {
@@ -394,8 +393,7 @@ impl Backend for RedisLocks {
         };
         // Once it is in the queue nothing is on its way that could put it there again.
         let dead_for = if joined { 0 } else { millis_up(keys::dead_for(claim.ttl)) };
-        let mut all: Vec<_> = keys.common().into();
-        all.push(keys.tombstone(claim.owner));
+        let all = keys.with_tombstone(claim.owner);
         let args = [&*owner_value(claim.owner, generation), &dead_for.to_string()];
         script::LEAVE.run(&self.link, &all, &args).await?;
         self.places.leave(claim.owner);
@@ -444,8 +442,7 @@ impl Backend for RedisLocks {
             return Ok(None); // each grant has to wait for them
         }
         let owner = owner_value(to.owner, 0);
-        let mut all: Vec<_> = hold.keys.common().into();
-        all.push(hold.keys.tombstone(to.owner));
+        let all = hold.keys.with_tombstone(to.owner);
         let args = [&*hold.owner.0, &owner, &millis(to.ttl).to_string()];
         let sent = Instant::now();
         let answer = script::TRANSFER.run(&self.link, &all, &args).await?;
