@@ -129,6 +129,13 @@ impl<H> Grant<H> {
         Self { hold, token, validity: Validity::Session(session.clone()), to_be_confirmed: false }
     }
 
+    /// The same grant, with what a backend above another makes of its hold.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn map<T>(self, change: impl FnOnce(H) -> T) -> Grant<T> {
+        let Self { hold, token, validity, to_be_confirmed } = self;
+        Grant { hold: change(hold), token, validity, to_be_confirmed }
+    }
+
     /// Whether it has run out before it could be used.
     pub(crate) fn has_expired(&self) -> bool {
         match &self.validity {
@@ -149,6 +156,17 @@ pub enum Outcome<H> {
         /// something has changed. `None`: no idea, the engine backs off.
         retry_after: Option<Duration>,
     },
+}
+
+impl<H> Outcome<H> {
+    /// The same outcome, with what a backend above another makes of the hold.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn map<T>(self, change: impl FnOnce(H) -> T) -> Outcome<T> {
+        match self {
+            Self::Granted(grant) => Outcome::Granted(grant.map(change)),
+            Self::Busy { retry_after } => Outcome::Busy { retry_after },
+        }
+    }
 }
 
 /// A grant whose renewal is due.
@@ -224,7 +242,8 @@ pub trait Backend: Debug + Send + Sync + 'static {
 
     /// Frees the lock if this grant still holds it, or makes it free itself after `keep_for`
     /// ([`hold_at_least`](crate::LockOptions::hold_at_least)). `keep_for` is zero unless the capabilities say
-    /// [`keeps_after_exit`](Capabilities::keeps_after_exit). A dropped or failed release is called again.
+    /// [`keeps_after_exit`](Capabilities::keeps_after_exit). A dropped or failed release is called again, unless it failed because
+    /// the lock had been lost: [`Error::lost`] says why, where `NotHeld` would say that somebody has taken it.
     fn release(&self, hold: &Self::Hold, keep_for: Duration)
     -> impl Future<Output = Result<Released>> + Send;
 

@@ -10,6 +10,8 @@ pub enum Expiry {
     Ttl,
     /// It ends with the holder's connection, file handle or process. One that is frozen keeps it.
     Session,
+    /// It ends with the holder's connection, and the server ends that when the TTL runs out: also of one that is frozen.
+    SessionOrTtl,
 }
 
 /// In which order waiters get a lock. Inside one process it is always first come, first served.

@@ -5,20 +5,25 @@ use std::time::Duration;
 
 use crate::backend::Backend;
 use crate::engine::Provider;
+#[cfg(feature = "postgres")]
+use crate::engine::check_prefix;
 use crate::error::{Error, ErrorKind, Result};
 use crate::file::FileLocks;
 use crate::lock::LockProvider;
 use crate::memory::Memory;
 use crate::options::LockOptions;
+#[cfg(feature = "postgres")]
+use crate::postgres;
 #[cfg(feature = "redis")]
 use crate::redis::{RedisLocks, RedisUrl, Redlock, SingleParameters};
 
 /// Schemes of the backends that are still to come, and the features that they will have.
-const NOT_YET: [(&str, &str); 3] =
-    [("postgres", "postgres"), ("sqlserver", "sqlserver"), ("azblob", "azure")];
-/// Schemes of the `redis` backends, some of which need TLS.
-#[cfg(not(feature = "redis"))]
-const REDIS: [&str; 4] = ["redis", "rediss", "redis+unix", "redlock"];
+const NOT_YET: [(&str, &str); 2] = [("sqlserver", "sqlserver"), ("azblob", "azure")];
+/// Schemes of the backends that are there, the features that they need, and whether this build has them.
+const FEATURES: [(&[&str], &str, bool); 2] = [
+    (&["redis", "rediss", "redis+unix", "redlock"], "redis", cfg!(feature = "redis")),
+    (&["postgres", "postgresql"], "postgres", cfg!(feature = "postgres")),
+];
 
 /// The provider that a URL names.
 ///
@@ -31,6 +36,7 @@ const REDIS: [&str; 4] = ["redis", "rediss", "redis+unix", "redlock"];
 /// | `redis+unix:/PATH?db=DB&user=USER&password=PASSWORD` | the same over a Unix socket |
 /// | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels watch |
 /// | `redlock://HOST,HOST,HOST` | Redlock (feature `redis`) over independent servers |
+/// | `postgres://USER:PASSWORD@HOST:PORT/DATABASE` | `postgres` (feature `postgres`): advisory locks; `postgresql://` is the same |
 ///
 /// The path of `file:` is taken literally, up to a `?`: nothing in it is percent-decoded. `file:///some/dir` is `file:/some/dir`.
 ///
@@ -81,6 +87,8 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
         Some(("redis+unix", rest)) => connect_redis_socket(rest).await,
         #[cfg(feature = "redis")]
         Some(("redlock", rest)) => connect_redlock(rest).await,
+        #[cfg(feature = "postgres")]
+        Some(("postgres" | "postgresql", rest)) => connect_postgres(rest).await,
         Some((scheme, _)) => Err(unknown(scheme)),
         None => Err(Error::new(
             ErrorKind::Config,
@@ -135,7 +143,7 @@ async fn connect_redis(tls: bool, rest: &str) -> Result<Box<dyn LockProvider>> {
 }
 
 /// An error of the backend itself, no longer of the URL.
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 fn reached(backend: &'static str) -> impl Fn(Error) -> Error {
     move |error| error.during("connect", backend, None)
 }
@@ -163,12 +171,36 @@ async fn connect_redlock(rest: &str) -> Result<Box<dyn LockProvider>> {
     Ok(Box::new(provider))
 }
 
+#[cfg(feature = "postgres")]
+async fn connect_postgres(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let ours = ["sslmode", "sslrootcert", "waiting_sessions", "token_sequence", "transaction_scoped"];
+    let known: Vec<_> = ours.into_iter().chain(postgres::DRIVERS_PARAMETERS).collect();
+    let (rest, common, own) = Common::take(rest, &known)?;
+    let drivers: Vec<_> =
+        postgres::DRIVERS_PARAMETERS.into_iter().filter_map(|key| Some((key, own.get(key)?))).collect();
+    let mut locks = postgres::locks_of_url(rest, &drivers, own.get("sslmode"), own.get("sslrootcert"))?;
+    if let Some(sessions) = own.number("waiting_sessions")? {
+        locks = locks.waiting_sessions(usize::try_from(sessions).unwrap_or(usize::MAX));
+    }
+    if let Some(name) = own.get("token_sequence") {
+        locks = locks.token_sequence(name)?;
+    }
+    if let Some(scoped) = own.get("transaction_scoped") {
+        locks = locks.transaction_scoped(boolean("transaction_scoped", scoped)?);
+    }
+    // Before any I/O; what the server can do is only known afterwards.
+    common.options.validate(&locks.capabilities())?;
+    common.prefix.as_deref().map(check_prefix).transpose()?;
+    let locks = locks.connect_to_any(common.options.ttl_or_default()).await.map_err(reached("postgres"))?;
+    Ok(Box::new(common.build(locks)?))
+}
+
 fn unknown(scheme: &str) -> Error {
-    #[cfg(not(feature = "redis"))]
-    if REDIS.contains(&scheme) {
+    let known = FEATURES.iter().find(|(schemes, ..)| schemes.contains(&scheme));
+    if let Some((_, feature, false)) = known {
         return Error::new(
             ErrorKind::Unsupported,
-            format!("`{scheme}:` needs the cargo feature `redis`, which this build hasn't got"),
+            format!("`{scheme}:` needs the cargo feature `{feature}`, which this build hasn't got"),
         );
     }
     if let Some((scheme, feature)) = NOT_YET.iter().find(|(known, _)| *known == scheme) {
@@ -180,24 +212,23 @@ fn unknown(scheme: &str) -> Error {
         return Error::new(ErrorKind::Unsupported, message);
     }
     // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
-    let known = if cfg!(feature = "redis") {
-        "`memory:`, `file:`, `redis:`, `rediss:`, `redis+unix:` and `redlock:`"
-    } else {
-        "`memory:` and `file:`"
-    };
-    Error::new(ErrorKind::Config, format!("unknown scheme: this build knows {known}"))
+    let others = FEATURES.iter().filter(|(.., is_there)| *is_there).flat_map(|(schemes, ..)| *schemes);
+    let known: Vec<_> =
+        ["memory", "file"].iter().chain(others).map(|scheme| format!("`{scheme}:`")).collect();
+    Error::new(ErrorKind::Config, format!("unknown scheme: this build knows {}", known.join(", ")))
 }
 
 /// The parameters that only one backend understands.
 #[derive(Debug, Default)]
 struct Own(Vec<(String, String)>);
 
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 impl Own {
     fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().find_map(|(name, value)| (name == key).then_some(value.as_str()))
     }
 
+    #[cfg(feature = "redis")]
     fn duration(&self, key: &'static str) -> Result<Option<Duration>> {
         self.get(key).map(|value| duration(key, value)).transpose()
     }

@@ -144,6 +144,11 @@ impl Error {
         self.0.operation
     }
 
+    #[cfg(feature = "postgres")]
+    pub(crate) fn message(&self) -> &str {
+        &self.0.message
+    }
+
     /// Says on which lock of which backend what was being done, where that isn't said yet.
     pub(crate) fn during(
         mut self,

@@ -13,6 +13,8 @@ mod lock;
 pub mod memory;
 mod name;
 mod options;
+#[cfg(feature = "postgres")]
+pub mod postgres;
 #[cfg(feature = "redis")]
 pub mod redis;
 mod tenure;

@@ -95,6 +95,11 @@ impl LockOptions {
         Terms::new(self, capabilities).map(drop)
     }
 
+    #[cfg(feature = "postgres")]
+    pub(crate) fn ttl_or_default(&self) -> Duration {
+        self.ttl.unwrap_or(Self::DEFAULT_TTL)
+    }
+
     /// These options, and where they are silent those.
     pub(crate) fn or(&self, defaults: &Self) -> Self {
         Self {

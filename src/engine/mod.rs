@@ -8,13 +8,19 @@
 mod acquire;
 mod attempt;
 pub(crate) mod backoff;
+#[cfg(feature = "postgres")]
+pub(crate) mod carried;
 mod driver;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) mod flight;
 mod holding;
 mod keeper;
 mod provider;
 mod queue;
 mod releaser;
 mod request;
+#[cfg(feature = "postgres")]
+pub(crate) mod sessions;
 mod slot;
 pub(crate) mod worker;
 
@@ -26,6 +32,8 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
+#[cfg(feature = "postgres")]
+pub(crate) use self::provider::check_prefix;
 pub use self::provider::{Provider, ProviderBuilder};
 
 use self::keeper::Keeper;
@@ -85,7 +93,7 @@ impl<B: Backend> Engine<B> {
 
     /// Whether a lock is kept for `hold_at_least` that would be free as soon as this process is gone.
     fn keeps_for_the_server(&self) -> bool {
-        self.capabilities.expiry == Expiry::Session && self.keeper.keeps_any()
+        self.capabilities.expiry != Expiry::Ttl && self.keeper.keeps_any()
     }
 
     async fn close(self: &Arc<Self>) -> Result<()> {

@@ -82,19 +82,22 @@ impl<B: Backend> ProviderBuilder<B> {
         let prefix = match self.prefix {
             None => String::new(),
             Some(prefix) => {
-                let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
-                if prefix.is_empty() || !prefix.chars().all(allowed) {
-                    return Err(Error::new(
-                        ErrorKind::Config,
-                        "a prefix consists of at least one letter, digit, `-`, `_` or `.`",
-                    ));
-                }
+                check_prefix(&prefix)?;
                 prefix + ":"
             }
         };
         self.defaults.validate(&self.backend.capabilities())?;
         Ok(Provider { engine: Engine::new(self.backend), defaults: self.defaults, prefix })
     }
+}
+
+/// Whether this can be a prefix.
+pub(crate) fn check_prefix(prefix: &str) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if !prefix.is_empty() && prefix.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::Config, "a prefix consists of at least one letter, digit, `-`, `_` or `.`"))
 }
 
 #[async_trait]

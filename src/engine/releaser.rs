@@ -174,7 +174,9 @@ impl<B: Backend> Drop for Taken<B> {
 async fn do_job<B: Backend>(engine: Arc<Engine<B>>, job: Job<B>) {
     match job {
         Job::Release(holding) => {
-            if let Err(error) = engine.release(holding.clone(), None).await {
+            if let Err(error) = engine.release(holding.clone(), None).await
+                && error.kind() != ErrorKind::Lost
+            {
                 tracing::warn!(
                     lock.name = %holding.display_name().quoted(),
                     error = %holding.describe(error, "release"),

@@ -11,10 +11,10 @@ use futures_util::StreamExt;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 
-use super::flight::Flight;
 use super::keys::parse_owner_value;
 use super::link::{Link, OPEN_TIMEOUT};
 use crate::backend::{Claim, Instant, OwnerId};
+use crate::engine::flight::Flight;
 use crate::engine::lock;
 use crate::engine::worker::OnDrop;
 use crate::error::Result;

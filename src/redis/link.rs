@@ -12,9 +12,9 @@ use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
 use tokio::task::AbortHandle;
 
 use super::failure;
-use super::flight::Flight;
 use super::script::Script;
 use crate::clock::Instant;
+use crate::engine::flight::Flight;
 use crate::engine::lock;
 use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};

@@ -96,7 +96,6 @@
 //! certificates, since the driver doesn't load the system's.
 
 mod failure;
-mod flight;
 mod inbox;
 mod keys;
 mod link;

@@ -1,9 +1,11 @@
 //! All backends, run through the conformance suite.
 
 mod embedded;
+#[cfg(feature = "postgres")]
+mod postgres;
 #[cfg(feature = "redis")]
 mod redis;
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 #[path = "../servers/mod.rs"]
 mod servers;
 
@@ -16,6 +18,8 @@ fn main() -> ExitCode {
     let mut targets = embedded::targets();
     #[cfg(feature = "redis")]
     targets.extend(redis::targets());
+    #[cfg(feature = "postgres")]
+    targets.extend(postgres::targets());
     testing::main(targets)
 }
 

@@ -1,6 +1,7 @@
 //! Real servers as child processes, and what can happen to them and on the way to them.
 //!
 //! - [`redis::RedisServer`]: a Redis that can be killed, restarted, frozen, and given another wall clock.
+//! - [`postgres::PostgresServer`]: the same for PostgreSQL, and a standby; [`pgbouncer::PgBouncer`] in front of it.
 //! - [`proxy::Proxy`]: a network between client and server that loses, delays, holds back and resets.
 //! - [`holder::Holder`]: another process that holds a lock, and can be killed or frozen.
 //! - [`ChildServer`]: what is common to the servers, whichever they are.
@@ -13,6 +14,8 @@
 pub(crate) mod holder;
 #[cfg(feature = "redis")]
 pub(crate) mod locks;
+pub(crate) mod pgbouncer;
+pub(crate) mod postgres;
 pub(crate) mod proxy;
 pub(crate) mod redis;
 mod resp;
@@ -204,9 +207,11 @@ impl ChildServer {
             .collect();
         let is_ours = |pid: u32| {
             let files = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-            files
-                .filter_map(|file| fs::read_link(file.path()).ok())
-                .any(|link| sockets.iter().any(|socket| link == Path::new(socket)))
+            files.map(|file| fs::read_link(file.path())).any(|link| match link {
+                Ok(link) => sockets.iter().any(|socket| link == Path::new(socket)),
+                // Root in a container may lack the right to look into another user's process: `answers` must tell.
+                Err(error) => error.kind() == io::ErrorKind::PermissionDenied,
+            })
         };
         !sockets.is_empty() && family(self.pid()).into_iter().any(is_ours)
     }

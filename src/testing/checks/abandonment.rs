@@ -27,7 +27,7 @@ async fn abandoned(subject: &Subject, end: impl AsyncFnOnce(Child)) {
     // With a session the TTL is so long that it can't be what frees the lock.
     let (ttl, bound) = match subject.capabilities().expiry {
         Expiry::Ttl => (subject.steady_ttl(), subject.steady_ttl()),
-        Expiry::Session => {
+        Expiry::Session | Expiry::SessionOrTtl => {
             (subject.capabilities().max_ttl.min(Duration::from_secs(600)), Duration::from_secs(2))
         }
     };

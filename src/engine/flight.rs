@@ -5,15 +5,15 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use super::backoff::Backoff;
+use super::lock;
 use crate::clock::Instant;
-use crate::engine::backoff::Backoff;
-use crate::engine::lock;
 use crate::error::{Error, ErrorKind, Result};
 
 /// How it ended; `None`: not yet.
 type Outcome = Option<Arc<Result<()>>>;
 
-pub(super) struct Flight {
+pub(crate) struct Flight {
     limit: Duration,
     state: Arc<Mutex<State>>,
 }
@@ -27,7 +27,7 @@ struct State {
 
 impl Flight {
     /// An attempt that has not ended after `limit` counts as failed.
-    pub(super) fn new(limit: Duration) -> Self {
+    pub(crate) fn new(limit: Duration) -> Self {
         let state = State { under_way: None, backoff: Backoff::between_retries(), failed: None };
         Self { limit, state: Arc::new(Mutex::new(state)) }
     }
@@ -36,7 +36,7 @@ impl Flight {
     ///
     /// It is made in a task of its own, so that who gives up waiting doesn't set back all others; and another is made if
     /// the runtime of that task ends, or isn't polled any more.
-    pub(super) async fn join<F>(&self, attempt: impl Fn() -> F) -> Result<()>
+    pub(crate) async fn join<F>(&self, attempt: impl Fn() -> F) -> Result<()>
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
@@ -60,7 +60,7 @@ impl Flight {
                         let shared = self.state.clone();
                         tokio::spawn(async move {
                             let outcome = attempt.await.unwrap_or_else(|_| {
-                                Err(Error::new(ErrorKind::Unavailable, "redis doesn't answer"))
+                                Err(Error::new(ErrorKind::Unavailable, "the server doesn't answer"))
                             });
                             if let Err(error) = &outcome {
                                 lock(&shared).fails(error.duplicate());
@@ -82,14 +82,15 @@ impl Flight {
     }
 
     /// What it was for works: the next failure is the first one again.
-    pub(super) fn succeeds(&self) {
+    pub(crate) fn succeeds(&self) {
         let mut state = lock(&self.state);
         state.backoff.reset();
         state.failed = None;
     }
 
     /// It has worked, but what it was for doesn't.
-    pub(super) fn fails(&self, error: Error) {
+    #[cfg(feature = "redis")]
+    pub(crate) fn fails(&self, error: Error) {
         lock(&self.state).fails(error);
     }
 }

@@ -1,0 +1,302 @@
+//! [`LockSession`]: a connection, how long it stands, and who uses it.
+
+use std::fmt;
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OnceCell};
+
+use super::{Connection, ENDED, Ended};
+use crate::backend::{Instant, Session};
+use crate::engine::lock;
+use crate::engine::worker::OnDrop;
+use crate::error::{Error, ErrorKind, Result};
+use crate::guard::Loss;
+
+/// A session on which nothing has been answered for so long gets no new claims.
+const DOUBT_AFTER: Duration = Duration::from_secs(2);
+
+/// How long a session without a use is kept open.
+const IDLE_FOR: Duration = Duration::from_secs(30);
+
+pub(super) struct LockSession<C> {
+    pub(super) connection: C,
+    /// Which serves the connection.
+    pub(super) runtime: Handle,
+    state: Mutex<State>,
+    changed: Notify,
+    /// That nothing of it is left on the server, once it has ended here.
+    pub(super) terminated: OnceCell<()>,
+}
+
+struct State {
+    ttl: Duration,
+    /// What the grants made now live and die with.
+    stands: Session,
+    /// While a claim blocks nothing is answered, and nothing can be lost.
+    blocked: bool,
+    /// Holds, claims and others because of which it must not be closed.
+    users: usize,
+    idle_since: Instant,
+    ended: Option<Ended>,
+    /// Requests that are not answered yet.
+    unanswered: usize,
+    /// Since when there have been some, and no answers.
+    silent_since: Instant,
+}
+
+/// What a session's warden has to do next.
+pub(super) enum Duty {
+    /// Nothing before then, or before the session changes.
+    Look(Instant),
+    Beat,
+    /// Nobody needs it any more.
+    Close,
+    /// The server has not answered for a TTL.
+    BreakOff,
+    Over,
+}
+
+impl<C: Connection> LockSession<C> {
+    /// The server was last heard from after a request that was sent at `sent`.
+    pub(super) fn new(connection: C, ttl: Duration, sent: Instant) -> Arc<Self> {
+        let state = State {
+            ttl,
+            stands: Session::until(sent + ttl),
+            blocked: false,
+            users: 0,
+            idle_since: Instant::now(),
+            ended: None,
+            unanswered: 0,
+            silent_since: Instant::NEVER,
+        };
+        Arc::new(Self {
+            connection,
+            runtime: Handle::current(),
+            state: Mutex::new(state),
+            changed: Notify::new(),
+            terminated: OnceCell::new(),
+        })
+    }
+
+    pub(super) fn ttl(&self) -> Duration {
+        lock(&self.state).ttl
+    }
+
+    /// What grants on it live and die with.
+    pub(super) fn stands(&self) -> Session {
+        lock(&self.state).stands.clone()
+    }
+
+    /// How it ended, if it has.
+    pub(super) fn ended(&self) -> Option<Ended> {
+        lock(&self.state).ended
+    }
+
+    /// Uses it, unless it has ended or is in doubt.
+    pub(super) fn enter(self: &Arc<Self>) -> Option<User<C>> {
+        let mut state = lock(&self.state);
+        let silent = state.unanswered > 0 && state.silent_since.elapsed() >= DOUBT_AFTER;
+        if state.ended.is_some() || silent || (!state.blocked && state.stands.deadline().has_passed()) {
+            return None;
+        }
+        state.users += 1;
+        drop(state);
+        Some(User(self.clone()))
+    }
+
+    /// Sends a request and heeds what its answer says about the session.
+    pub(super) async fn request<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
+        let sent = Instant::now();
+        if let Some(ended) = self.connection.is_over() {
+            self.end(ended, ENDED);
+        }
+        {
+            let mut state = lock(&self.state);
+            if state.ended.is_some() {
+                return Err(Error::new(ErrorKind::Unavailable, "the session has ended"));
+            }
+            if state.unanswered == 0 {
+                state.silent_since = sent;
+            }
+            state.unanswered += 1;
+        }
+        let asked = OnDrop(Some(|| lock(&self.state).unanswered -= 1));
+        let answer = request.await;
+        drop(asked);
+        if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
+            self.break_off();
+            return answer;
+        }
+        if let Some(ended) = self.connection.is_over().filter(|_| answer.is_err()) {
+            self.end(ended, ENDED);
+            return answer;
+        }
+        let mut state = lock(&self.state);
+        state.silent_since = Instant::now();
+        if !state.blocked {
+            let until = sent + state.ttl;
+            state.stands.extend(until);
+        }
+        answer
+    }
+
+    /// It is given another TTL, while nothing is held.
+    pub(super) async fn set_ttl(&self, ttl: Duration) -> Result<()> {
+        if self.ttl() == ttl {
+            return Ok(());
+        }
+        let sent = Instant::now();
+        self.request(self.connection.set_ttl(ttl)).await?;
+        self.stand_anew(sent, ttl);
+        Ok(())
+    }
+
+    /// A claim blocks from now on, until [`stand_anew`](Self::stand_anew).
+    pub(super) fn block(&self) {
+        lock(&self.state).blocked = true;
+        self.changed.notify_one();
+    }
+
+    /// What is granted from now on stands as long as the server promised in its answer to a request sent then.
+    pub(super) fn stand_anew(&self, sent: Instant, ttl: Duration) {
+        let mut state = lock(&self.state);
+        state.ttl = ttl;
+        state.blocked = false;
+        if state.ended.is_none() {
+            state.stands = Session::until(sent + ttl);
+        }
+        drop(state);
+        self.changed.notify_one();
+    }
+
+    /// It can't be used any more: all guards on it are lost, and the connection is closed.
+    pub(super) fn break_off(&self) {
+        self.end(Ended::Somehow, ENDED);
+        self.connection.break_off();
+    }
+
+    /// It has ended. What is known first counts.
+    pub(super) fn end(&self, ended: Ended, loss: Loss) {
+        let stands = {
+            let mut state = lock(&self.state);
+            if state.ended == Some(Ended::ByServer) || (state.ended.is_some() && ended == Ended::Somehow) {
+                return;
+            }
+            state.ended = Some(ended);
+            state.stands.clone()
+        };
+        stands.end(loss);
+        self.changed.notify_one();
+    }
+
+    /// Closes it if nobody uses it.
+    pub(super) fn end_if_unused(&self, loss: Loss) -> bool {
+        let mut state = lock(&self.state);
+        if state.users > 0 || state.ended.is_some() {
+            return false;
+        }
+        state.ended = Some(Ended::ByServer); // or at once will have been
+        let stands = state.stands.clone();
+        drop(state);
+        stands.end(loss);
+        true
+    }
+
+    pub(super) fn duty(&self) -> Duty {
+        let state = lock(&self.state);
+        let (deadline, now) = (state.stands.deadline(), Instant::now());
+        if state.ended.is_some() {
+            return Duty::Over;
+        }
+        if state.blocked {
+            return Duty::Look(Instant::NEVER);
+        }
+        if deadline.has_passed_at(now) {
+            return Duty::BreakOff;
+        }
+        // The keeper sends the heartbeats of a session that holds something; others send them by themselves.
+        let beat_at = deadline.before(state.ttl / 12 * 7);
+        if state.users == 0 {
+            let close_at = state.idle_since + IDLE_FOR;
+            if close_at.has_passed_at(now) {
+                return Duty::Close;
+            }
+            if beat_at.has_passed_at(now) {
+                return Duty::Beat;
+            }
+            return Duty::Look(beat_at.min(close_at));
+        }
+        if beat_at.has_passed_at(now) && state.unanswered == 0 {
+            return Duty::Beat;
+        }
+        Duty::Look(if state.unanswered == 0 { beat_at } else { deadline })
+    }
+
+    /// Lets the warden look again.
+    pub(super) fn wake_warden(&self) {
+        self.changed.notify_one();
+    }
+
+    /// Resolves when there may be another duty.
+    pub(super) async fn changed(&self) {
+        self.changed.notified().await;
+    }
+}
+
+impl<C: Connection> fmt::Debug for LockSession<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = lock(&self.state);
+        f.debug_struct("LockSession")
+            .field("connection", &self.connection)
+            .field("ttl", &state.ttl)
+            .field("users", &state.users)
+            .field("ended", &state.ended)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A use of a session, which keeps it open.
+pub(super) struct User<C: Connection>(Arc<LockSession<C>>);
+
+impl<C: Connection> User<C> {
+    /// The session, for those who don't keep it open.
+    pub(super) fn session(&self) -> &Arc<LockSession<C>> {
+        &self.0
+    }
+}
+
+impl<C: Connection> Clone for User<C> {
+    fn clone(&self) -> Self {
+        lock(&self.0.state).users += 1;
+        Self(self.0.clone())
+    }
+}
+
+impl<C: Connection> Deref for User<C> {
+    type Target = LockSession<C>;
+
+    fn deref(&self) -> &LockSession<C> {
+        &self.0
+    }
+}
+
+impl<C: Connection> Drop for User<C> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.0.state);
+        state.users -= 1;
+        if state.users == 0 {
+            state.idle_since = Instant::now();
+            drop(state);
+            self.0.changed.notify_one();
+        }
+    }
+}
+
+impl<C: Connection> fmt::Debug for User<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&self.0, f)
+    }
+}

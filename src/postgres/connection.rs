@@ -1,0 +1,269 @@
+//! [`PgConnection`]: a session of PostgreSQL that holds advisory locks.
+
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::sync::OnceCell;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{Error as DriverError, Statement};
+
+use super::client::PgClient;
+use super::failure;
+use super::key::AdvisoryKey;
+use super::open::{Identity, Settings, pooled};
+use super::sql;
+use crate::engine::sessions::{Connection, Ended};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fencing::FencingToken;
+
+/// How often a statement is sent again that a cancel request has hit which was meant for the one before.
+const CANCELLED_AT_MOST: usize = 5;
+
+/// How long the server may take to end a session.
+const END_WITHIN: Duration = Duration::from_secs(2);
+
+pub(super) struct PgConnection {
+    client: PgClient,
+    identity: Identity,
+    settings: Settings,
+    /// The expression that draws a fencing token.
+    draw: String,
+    one: Statements,
+    two: OnceCell<Statements>,
+    token: Statement,
+    beat: Statement,
+    listens: AtomicBool,
+}
+
+/// What is said of one lock, prepared for keys of one number or of two.
+struct Statements {
+    try_lock: Statement,
+    lock: Statement,
+    unlock: Statement,
+    force_unlock: Statement,
+}
+
+impl Statements {
+    async fn prepare(client: &PgClient, draw: &str, two: bool) -> Result<Self, DriverError> {
+        let key: &[Type] = if two { &[Type::INT4, Type::INT4] } else { &[Type::INT8] };
+        let unlock_types = [key, &[Type::INT8, Type::TEXT]].concat();
+        let force = if two { "SELECT pg_advisory_unlock($1, $2)" } else { "SELECT pg_advisory_unlock($1)" };
+        let (try_lock, lock, unlock) = (sql::try_lock(draw, two), sql::lock(draw, two), sql::unlock(two));
+        let (try_lock, lock, unlock, force_unlock) = tokio::try_join!(
+            client.prepare(&try_lock, key),
+            client.prepare(&lock, key),
+            client.prepare(&unlock, &unlock_types),
+            client.prepare(force, key),
+        )?;
+        Ok(Self { try_lock, lock, unlock, force_unlock })
+    }
+}
+
+impl PgConnection {
+    pub(super) async fn new(
+        client: PgClient,
+        identity: Identity,
+        settings: Settings,
+        draw: String,
+    ) -> Result<Self, DriverError> {
+        let token = format!("SELECT {draw}");
+        let (one, token, beat) = tokio::try_join!(
+            Statements::prepare(&client, &draw, false),
+            client.prepare(&token, &[]),
+            client.prepare(sql::PID, &[]),
+        )?;
+        let (two, listens) = (OnceCell::new(), AtomicBool::new(false));
+        Ok(Self { client, identity, settings, draw, one, two, token, beat, listens })
+    }
+
+    async fn statements(&self, key: &AdvisoryKey) -> Result<&Statements> {
+        match key {
+            AdvisoryKey::One(_) => Ok(&self.one),
+            AdvisoryKey::Two(..) => {
+                let prepare = || Statements::prepare(&self.client, &self.draw, true);
+                self.two.get_or_try_init(prepare).await.map_err(|error| failure::of_request(&error))
+            }
+        }
+    }
+
+    async fn value<T: for<'a> tokio_postgres::types::FromSql<'a>>(
+        &self,
+        statement: &Statement,
+        key: Option<&AdvisoryKey>,
+        more: &[&(dyn ToSql + Sync)],
+    ) -> Result<T> {
+        let row = match key {
+            None => self.client.row(statement, more).await,
+            Some(AdvisoryKey::One(one)) => self.client.row(statement, &[&[one as _], more].concat()).await,
+            Some(AdvisoryKey::Two(first, second)) => {
+                self.client.row(statement, &[&[first as _, second as _], more].concat()).await
+            }
+        };
+        // An answer that doesn't fit is somebody else's.
+        row.and_then(|row| row.try_get(0)).map_err(|error| failure::of_request(&error))
+    }
+
+    /// After a statement that may have locked before it failed.
+    async fn force_unlock(&self, key: &AdvisoryKey, error: Error) -> Error {
+        if error.kind() == ErrorKind::Unknown || self.client.is_over().is_some() {
+            return error;
+        }
+        let unlock = async {
+            let statement = &self.statements(key).await?.force_unlock;
+            self.value::<bool>(statement, Some(key), &[]).await
+        };
+        match unlock.await {
+            Ok(_) => error,
+            Err(_) => Error::new(ErrorKind::Unknown, "a lock may be left from a claim that failed")
+                .with_source(error),
+        }
+    }
+
+    async fn about_waiters(&self, statement: &str, key: &AdvisoryKey) -> Result<()> {
+        let answer = self.client.rows(statement, &[(&key.of_waiters(), Type::INT8)]).await;
+        answer.map(drop).map_err(|error| failure::of_request(&error))
+    }
+
+    async fn about(&self, statement: &str, other: &Self) -> Result<bool> {
+        let Identity { pid, began, .. } = &other.identity;
+        let rows = self.client.rows(statement, &[(pid, Type::INT4), (began, Type::INT8)]).await;
+        let rows = rows.map_err(|error| failure::of_request(&error))?;
+        rows.first().map_or(Ok(false), |row| row.try_get(0)).map_err(|error| failure::of_request(&error))
+    }
+}
+
+pub(super) fn to_token(drawn: i64) -> Result<FencingToken> {
+    u64::try_from(drawn).ok().and_then(FencingToken::new).ok_or_else(|| {
+        Error::new(
+            ErrorKind::Exhausted,
+            "the sequence of fencing tokens has come to its end, or is no such sequence",
+        )
+    })
+}
+
+/// Waits until the server has ended a session.
+pub(super) async fn until<F>(has_ended: impl Fn() -> F + Send + Sync) -> Result<()>
+where
+    F: Future<Output = Result<bool>> + Send,
+{
+    let ended = async {
+        while !has_ended().await? {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        Ok(())
+    };
+    tokio::time::timeout(END_WITHIN, ended)
+        .await
+        .unwrap_or_else(|_| Err(Error::new(ErrorKind::Unavailable, "PostgreSQL doesn't end a session")))
+}
+
+impl Connection for PgConnection {
+    type Key = AdvisoryKey;
+
+    async fn try_lock(&self, key: &AdvisoryKey) -> Result<Option<FencingToken>> {
+        let statement = &self.statements(key).await?.try_lock;
+        let drawn = match self.value::<Option<i64>>(statement, Some(key), &[]).await {
+            Ok(None) => return Ok(None),
+            Ok(Some(drawn)) => to_token(drawn),
+            Err(error) => Err(error),
+        };
+        match drawn {
+            Ok(token) => Ok(Some(token)),
+            Err(error) => Err(self.force_unlock(key, error).await),
+        }
+    }
+
+    async fn lock(&self, key: &AdvisoryKey) -> Result<FencingToken> {
+        let statement = &self.statements(key).await?.lock;
+        self.value::<i64>(statement, Some(key), &[]).await.and_then(to_token)
+    }
+
+    async fn unlock(&self, key: &AdvisoryKey) -> Result<bool> {
+        let statement = &self.statements(key).await?.unlock;
+        self.value(statement, Some(key), &[&key.of_waiters(), &key.to_string()]).await
+    }
+
+    async fn token(&self, _: &AdvisoryKey) -> Result<FencingToken> {
+        self.value::<i64>(&self.token, None, &[]).await.and_then(to_token)
+    }
+
+    async fn beat(&self) -> Result<()> {
+        let pid: i32 = self.value(&self.beat, None, &[]).await?;
+        if pid == self.identity.pid {
+            return Ok(());
+        }
+        Err(Error::new(ErrorKind::Unknown, "the session has been swapped").with_source(pooled()))
+    }
+
+    async fn set_ttl(&self, ttl: Duration) -> Result<()> {
+        self.settings.apply(&self.client, ttl).await.map_err(|error| failure::of_request(&error))
+    }
+
+    async fn clear(&self) -> Result<()> {
+        let mut cancelled = 0;
+        loop {
+            match self.client.rows("SELECT pg_advisory_unlock_all()", &[]).await {
+                Ok(_) => return Ok(()),
+                Err(error) if failure::is_cancelled(&error) && cancelled < CANCELLED_AT_MOST => {
+                    cancelled += 1;
+                }
+                Err(error) => return Err(failure::of_request(&error)),
+            }
+        }
+    }
+
+    async fn cancel(&self, waiting: &Self) -> Result<()> {
+        self.about(sql::CANCEL, waiting).await.map(drop)
+    }
+
+    async fn terminate(&self, other: &Self) -> Result<()> {
+        self.about(sql::TERMINATE, other).await?;
+        until(|| async { self.about(sql::IS_THERE, other).await.map(|is_there| !is_there) }).await
+    }
+
+    async fn announce(&self, key: &AdvisoryKey) -> Result<()> {
+        if !self.client.hears() {
+            return Ok(()); // somebody else hears it
+        }
+        if !self.listens.load(Ordering::Acquire) {
+            let listen = format!("LISTEN {}", sql::CHANNEL);
+            self.client.run(&listen).await.map_err(|error| failure::of_request(&error))?;
+            self.listens.store(true, Ordering::Release);
+        }
+        self.about_waiters("SELECT pg_advisory_lock_shared($1)", key).await
+    }
+
+    async fn withdraw(&self, key: &AdvisoryKey) -> Result<()> {
+        if !self.client.hears() {
+            return Ok(());
+        }
+        self.about_waiters("SELECT pg_advisory_unlock_shared($1)", key).await
+    }
+
+    fn is_over(&self) -> Option<Ended> {
+        self.client.is_over()
+    }
+
+    fn closed(&self) -> impl Future<Output = Ended> + Send + 'static {
+        self.client.closed()
+    }
+
+    fn break_off(&self) {
+        self.client.break_off();
+    }
+
+    async fn close(&self) {
+        if self.client.hears() || self.settings.undo(&self.client).await.is_ok() {
+            self.client.hand_back();
+        } else {
+            self.client.break_off();
+        }
+    }
+}
+
+impl fmt::Debug for PgConnection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PgConnection").field("pid", &self.identity.pid).finish_non_exhaustive()
+    }
+}

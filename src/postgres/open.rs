@@ -1,0 +1,300 @@
+//! Opens sessions: what they are, how they are set, where their fencing tokens come from, and that no pooler swaps them.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::OnceCell;
+use tokio_postgres::Error as DriverError;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::Type;
+
+use super::client::{Connector, PgClient};
+use super::connection::PgConnection;
+use super::failure;
+use super::key::AdvisoryKey;
+use super::sql::{self, Sequence};
+use crate::engine::sessions::{Listeners, Role, Server};
+use crate::error::{Error, ErrorKind, Result};
+
+/// PostgreSQL 10, which has sequences as these need them.
+const OLDEST: i32 = 100_000;
+
+/// How long an application's pool may take to give a second connection, for a look at what it leads to.
+const SECOND_CONNECTION_WITHIN: Duration = Duration::from_secs(1);
+
+/// A database of PostgreSQL.
+pub(super) struct Postgres {
+    pub(super) connector: Connector,
+    pub(super) sequence: Sequence,
+    /// Whether sessions without a server-side limit will do.
+    pub(super) without_expiry: bool,
+    /// That connections are sessions of their own.
+    checked: OnceCell<()>,
+}
+
+/// Which session it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Identity {
+    pub(super) pid: i32,
+    /// In microseconds since 1970.
+    pub(super) began: i64,
+}
+
+/// What a session is.
+pub(super) struct Identified {
+    pub(super) identity: Identity,
+    is_standby: bool,
+    version: i32,
+    expires: bool,
+    /// The server's clock, in microseconds since 1970.
+    now: i64,
+    has_sequence: bool,
+}
+
+impl Postgres {
+    pub(super) fn new(connector: Connector, sequence: Sequence, without_expiry: bool) -> Self {
+        Self { connector, sequence, without_expiry, checked: OnceCell::new() }
+    }
+
+    async fn identify(&self, client: &PgClient) -> Result<Identified> {
+        let name = self.sequence.quoted();
+        let rows = client.rows(&sql::identify(), &[(&name, Type::TEXT)]).await;
+        let rows = rows.map_err(|error| failure::of_opening(&error))?;
+        let row =
+            rows.first().ok_or_else(|| Error::new(ErrorKind::Unavailable, "the session isn't there"))?;
+        let read = || {
+            Ok::<_, DriverError>(Identified {
+                identity: Identity { pid: row.try_get(0)?, began: row.try_get(1)? },
+                is_standby: row.try_get(2)?,
+                version: row.try_get(3)?,
+                expires: row.try_get(4)?,
+                now: row.try_get(5)?,
+                has_sequence: row.try_get(6)?,
+            })
+        };
+        read().map_err(|error| failure::of_opening(&error))
+    }
+
+    /// Refuses connections that lead to another session with each transaction, as behind a pooler.
+    async fn check_sessions(&self, client: &PgClient, pid: i32) -> Result<()> {
+        let of = async |client: &PgClient| {
+            let rows = client.rows(sql::PID, &[]).await?;
+            rows.first().map_or(Ok(0), |row| row.try_get::<_, i32>(0))
+        };
+        let refused = |error: DriverError| failure::of_opening(&error);
+        // While this one is idle, another one's transaction would get its session.
+        let listeners = Arc::default();
+        let second = tokio::time::timeout(SECOND_CONNECTION_WITHIN, (self.connector)(listeners)).await;
+        let second = match second {
+            Ok(Ok(second)) => Some(second),
+            Ok(Err(error)) if client.hears() => return Err(error),
+            Ok(Err(_)) | Err(_) => None, // a pool may have no more than one
+        };
+        let mut others = Vec::new();
+        if let Some(second) = &second {
+            second.run("BEGIN").await.map_err(refused)?;
+            others.push(of(second).await.map_err(refused)?);
+        }
+        let again = [of(client).await.map_err(refused)?, of(client).await.map_err(refused)?];
+        if let Some(second) = &second {
+            second.run("ROLLBACK").await.map_err(refused)?;
+            second.hand_back();
+        }
+        if others.contains(&pid) || again != [pid; 2] {
+            return Err(pooled());
+        }
+        Ok(())
+    }
+
+    /// Makes the sequence if it is missing and this user may, and says what is wrong with it.
+    async fn prepare_sequence(&self, client: &PgClient, exists: bool) -> Result<()> {
+        let name = self.sequence.quoted();
+        if !exists {
+            match client.run(&self.sequence.ddl()).await {
+                Ok(()) => {}
+                // Somebody else was faster.
+                Err(error) if is_made_already(&error) => {}
+                Err(error)
+                    if matches!(
+                        error.code(),
+                        Some(&SqlState::INSUFFICIENT_PRIVILEGE | &SqlState::INVALID_SCHEMA_NAME)
+                    ) =>
+                {
+                    let ddl = self.sequence.ddl();
+                    let message = format!(
+                        "the sequence of fencing tokens is missing, and this user can't make it. Let somebody run, once: \
+                         {ddl}; GRANT SELECT, USAGE, UPDATE ON SEQUENCE {name} TO the user"
+                    );
+                    return Err(Error::new(ErrorKind::Denied, message));
+                }
+                Err(error) => return Err(failure::of_opening(&error)),
+            }
+        }
+        let rows = client.rows(sql::CHECK_SEQUENCE, &[(&name, Type::TEXT)]).await;
+        let rows = rows.map_err(|error| failure::of_opening(&error))?;
+        let read = |place| rows.first().and_then(|row| row.try_get::<_, bool>(place).ok());
+        match (read(0), read(1)) {
+            (Some(true), Some(true)) => Ok(()),
+            (Some(true), _) => Err(Error::new(
+                ErrorKind::Denied,
+                format!(
+                    "this user may not draw fencing tokens. Let its owner run: \
+                     GRANT SELECT, USAGE, UPDATE ON SEQUENCE {name} TO the user"
+                ),
+            )),
+            _ => Err(Error::new(
+                ErrorKind::Config,
+                format!("{name} is no sequence, or one with a cache, an increment other than 1, or a cycle"),
+            )),
+        }
+    }
+
+    /// What a session is and finds, with all that has to be right before it is used.
+    pub(super) async fn introduce(&self, client: &PgClient) -> Result<Identified> {
+        let identified = self.identify(client).await?;
+        if identified.version < OLDEST {
+            return Err(Error::new(ErrorKind::Unsupported, "this server is older than PostgreSQL 10"));
+        }
+        if identified.is_standby {
+            return Err(Error::new(ErrorKind::Unavailable, failure::READ_ONLY));
+        }
+        self.prepare_sequence(client, identified.has_sequence).await?;
+        Ok(identified)
+    }
+}
+
+fn is_made_already(error: &DriverError) -> bool {
+    matches!(
+        error.code(),
+        Some(&SqlState::UNIQUE_VIOLATION | &SqlState::DUPLICATE_TABLE | &SqlState::DUPLICATE_OBJECT)
+    )
+}
+
+pub(super) fn pooled() -> Error {
+    Error::new(
+        ErrorKind::Unsupported,
+        "these connections lead to another session of PostgreSQL with each transaction, as behind PgBouncer in transaction \
+         mode: connect to PostgreSQL itself, have the pooler keep sessions, or use transaction_scoped(true), in a URL \
+         `transaction_scoped=true`",
+    )
+}
+
+const NO_EXPIRY: &str = "before version 14 PostgreSQL doesn't end the session of a holder that is frozen: say that this \
+                         will do, by without_server_expiry()";
+
+/// Whether it is only that the server is too old to end the sessions of frozen holders.
+pub(super) fn is_without_expiry(error: &Error) -> bool {
+    error.message() == NO_EXPIRY
+}
+
+impl Server for Postgres {
+    type Key = AdvisoryKey;
+    type Connection = PgConnection;
+
+    async fn open(
+        &self,
+        role: Role,
+        ttl: Duration,
+        listeners: &Arc<Listeners<AdvisoryKey>>,
+    ) -> Result<PgConnection> {
+        let client = (self.connector)(listeners.clone()).await?;
+        let identified = self.introduce(&client).await?;
+        let Identified { identity, expires, now, .. } = identified;
+        if !expires && !self.without_expiry {
+            return Err(Error::new(ErrorKind::Unsupported, NO_EXPIRY));
+        }
+        self.checked.get_or_try_init(|| self.check_sessions(&client, identity.pid)).await?;
+        let settings = Settings { role, expires: !self.without_expiry };
+        let opened = async {
+            settings.apply(&client, ttl).await?;
+            settings.apply_where_possible(&client, ttl).await;
+            PgConnection::new(client, identity, settings, self.sequence.draw(Some(now))).await
+        };
+        opened.await.map_err(|error| failure::of_opening(&error))
+    }
+}
+
+impl fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postgres").field("sequence", &self.sequence).finish_non_exhaustive()
+    }
+}
+
+/// How a session is set. What a version of PostgreSQL hasn't got is left out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Settings {
+    role: Role,
+    expires: bool,
+}
+
+impl Settings {
+    /// What a session can't do without.
+    pub(super) async fn apply(&self, client: &PgClient, ttl: Duration) -> Result<(), DriverError> {
+        let idle = if self.expires { ttl.as_millis() } else { 0 };
+        let statement = match self.role {
+            // No heartbeat has to stand behind a statement for longer.
+            Role::Shared => (ttl / 3).as_millis().max(100),
+            Role::Own => 0,
+        };
+        let (idle, statement) = (idle.to_string(), statement.to_string());
+        set(
+            client,
+            &[
+                ("idle_session_timeout", &idle),
+                ("statement_timeout", &statement),
+                // A grant can come in the moment in which this fires.
+                ("lock_timeout", "0"),
+                ("transaction_timeout", "0"),
+                // Nothing but tokens is written, and those follow the clock after a crash.
+                ("synchronous_commit", "off"),
+                ("default_transaction_isolation", "read committed"),
+                ("default_transaction_read_only", "off"),
+                // The warning of an unlock that may be one too many.
+                ("client_min_messages", "error"),
+            ],
+        )
+        .await
+    }
+
+    /// What lets the server notice sooner that a host has vanished, or a client that waits. Some systems haven't got it.
+    async fn apply_where_possible(&self, client: &PgClient, ttl: Duration) {
+        let seconds = (ttl / 3).as_secs().max(1).to_string();
+        let millis = ttl.as_millis().max(1000).to_string();
+        let keepalives = [
+            ("tcp_keepalives_idle", seconds.as_str()),
+            ("tcp_keepalives_interval", &seconds),
+            ("tcp_keepalives_count", "2"),
+            ("tcp_user_timeout", &millis),
+        ];
+        let _ = tokio::join!(
+            set(client, &keepalives),
+            set(client, &[("client_connection_check_interval", "1s")])
+        );
+    }
+
+    /// Undoes all that a session of ours changes.
+    pub(super) async fn undo(&self, client: &PgClient) -> Result<(), DriverError> {
+        client
+            .run(
+                "SELECT pg_advisory_unlock_all(); UNLISTEN *; RESET statement_timeout; RESET lock_timeout; \
+                 RESET synchronous_commit; RESET default_transaction_isolation; RESET default_transaction_read_only; \
+                 RESET client_min_messages; RESET tcp_keepalives_idle; RESET tcp_keepalives_interval; \
+                 RESET tcp_keepalives_count",
+            )
+            .await?;
+        // Not every version has these.
+        client
+            .run(
+                "DO $$ DECLARE setting text; BEGIN FOR setting IN SELECT name FROM pg_settings WHERE name IN \
+                 ('idle_session_timeout', 'transaction_timeout', 'tcp_user_timeout', 'client_connection_check_interval') \
+                 LOOP EXECUTE 'RESET ' || setting; END LOOP; END $$",
+            )
+            .await
+    }
+}
+
+async fn set(client: &PgClient, settings: &[(&str, &str)]) -> Result<(), DriverError> {
+    let (names, values): (Vec<_>, Vec<_>) = settings.iter().copied().unzip();
+    client.rows(sql::SET, &[(&names, Type::TEXT_ARRAY), (&values, Type::TEXT_ARRAY)]).await.map(drop)
+}
