@@ -1,7 +1,7 @@
 //! [`PgConnection`]: a session of PostgreSQL that holds advisory locks.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
@@ -12,7 +12,8 @@ use super::client::PgClient;
 use super::failure;
 use super::key::AdvisoryKey;
 use super::open::{Identity, Settings, pooled};
-use super::sql;
+use super::sql::{self, Sequence};
+use crate::backend::Instant;
 use crate::engine::sessions::{Connection, Ended};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
@@ -23,65 +24,100 @@ const CANCELLED_AT_MOST: usize = 5;
 /// How long the server may take to end a session.
 const END_WITHIN: Duration = Duration::from_secs(2);
 
+/// How long after one fencing token others are simply the next ones.
+const FRESH_FOR: Duration = Duration::from_millis(500);
+
 pub(super) struct PgConnection {
     client: PgClient,
     identity: Identity,
     settings: Settings,
-    /// The expression that draws a fencing token.
-    draw: String,
+    tokens: Tokens,
     one: Statements,
     two: OnceCell<Statements>,
-    token: Statement,
     beat: Statement,
     listens: AtomicBool,
+}
+
+/// How fencing tokens are drawn, and when the last one was.
+struct Tokens {
+    /// The expression that makes sure of it.
+    draw: String,
+    /// The one for a session that has just had another.
+    next: String,
+    draw_alone: Statement,
+    next_alone: Statement,
+    /// When one was last made sure of, in the nanoseconds of [`Instant`].
+    sure_at: AtomicI64,
+}
+
+impl Tokens {
+    /// Whether the sequence can't have fallen far behind the clock since one was made sure of.
+    fn are_fresh(&self) -> bool {
+        Instant::from_nanos(self.sure_at.load(Ordering::Relaxed)).elapsed() < FRESH_FOR
+    }
+
+    /// One was made sure of by a request that was sent then.
+    fn made_sure(&self, sent: Instant) {
+        self.sure_at.fetch_max(sent.to_nanos(), Ordering::Relaxed);
+    }
 }
 
 /// What is said of one lock, prepared for keys of one number or of two.
 struct Statements {
     try_lock: Statement,
+    /// With the next token instead of one that has been made sure of.
+    try_lock_again: Statement,
     lock: Statement,
     unlock: Statement,
     force_unlock: Statement,
 }
 
 impl Statements {
-    async fn prepare(client: &PgClient, draw: &str, two: bool) -> Result<Self, DriverError> {
+    async fn prepare(client: &PgClient, draw: &str, next: &str, two: bool) -> Result<Self, DriverError> {
         let key: &[Type] = if two { &[Type::INT4, Type::INT4] } else { &[Type::INT8] };
         let unlock_types = [key, &[Type::INT8, Type::TEXT]].concat();
         let force = if two { "SELECT pg_advisory_unlock($1, $2)" } else { "SELECT pg_advisory_unlock($1)" };
-        let (try_lock, lock, unlock) = (sql::try_lock(draw, two), sql::lock(draw, two), sql::unlock(two));
-        let (try_lock, lock, unlock, force_unlock) = tokio::try_join!(
+        let (try_lock, again) = (sql::try_lock(draw, two), sql::try_lock(next, two));
+        let (lock, unlock) = (sql::lock(draw, two), sql::unlock(two));
+        let (try_lock, try_lock_again, lock, unlock, force_unlock) = tokio::try_join!(
             client.prepare(&try_lock, key),
+            client.prepare(&again, key),
             client.prepare(&lock, key),
             client.prepare(&unlock, &unlock_types),
             client.prepare(force, key),
         )?;
-        Ok(Self { try_lock, lock, unlock, force_unlock })
+        Ok(Self { try_lock, try_lock_again, lock, unlock, force_unlock })
     }
 }
 
 impl PgConnection {
+    /// `began` is the server's clock of now, in microseconds since 1970.
     pub(super) async fn new(
         client: PgClient,
         identity: Identity,
         settings: Settings,
-        draw: String,
+        sequence: &Sequence,
+        began: i64,
     ) -> Result<Self, DriverError> {
-        let token = format!("SELECT {draw}");
-        let (one, token, beat) = tokio::try_join!(
-            Statements::prepare(&client, &draw, false),
-            client.prepare(&token, &[]),
+        let (draw, next) = (sequence.draw(Some(began)), sequence.next());
+        let (draw_statement, next_statement) = (format!("SELECT {draw}"), format!("SELECT {next}"));
+        let (one, draw_alone, next_alone, beat) = tokio::try_join!(
+            Statements::prepare(&client, &draw, &next, false),
+            client.prepare(&draw_statement, &[]),
+            client.prepare(&next_statement, &[]),
             client.prepare(sql::PID, &[]),
         )?;
+        let tokens = Tokens { draw, next, draw_alone, next_alone, sure_at: AtomicI64::new(i64::MIN) };
         let (two, listens) = (OnceCell::new(), AtomicBool::new(false));
-        Ok(Self { client, identity, settings, draw, one, two, token, beat, listens })
+        Ok(Self { client, identity, settings, tokens, one, two, beat, listens })
     }
 
     async fn statements(&self, key: &AdvisoryKey) -> Result<&Statements> {
         match key {
             AdvisoryKey::One(_) => Ok(&self.one),
             AdvisoryKey::Two(..) => {
-                let prepare = || Statements::prepare(&self.client, &self.draw, true);
+                let Tokens { draw, next, .. } = &self.tokens;
+                let prepare = || Statements::prepare(&self.client, draw, next, true);
                 self.two.get_or_try_init(prepare).await.map_err(|error| failure::of_request(&error))
             }
         }
@@ -162,12 +198,17 @@ impl Connection for PgConnection {
     type Key = AdvisoryKey;
 
     async fn try_lock(&self, key: &AdvisoryKey) -> Result<Option<FencingToken>> {
-        let statement = &self.statements(key).await?.try_lock;
+        let statements = self.statements(key).await?;
+        let (sent, fresh) = (Instant::now(), self.tokens.are_fresh());
+        let statement = if fresh { &statements.try_lock_again } else { &statements.try_lock };
         let drawn = match self.value::<Option<i64>>(statement, Some(key), &[]).await {
             Ok(None) => return Ok(None),
             Ok(Some(drawn)) => to_token(drawn),
             Err(error) => Err(error),
         };
+        if !fresh && drawn.is_ok() {
+            self.tokens.made_sure(sent);
+        }
         match drawn {
             Ok(token) => Ok(Some(token)),
             Err(error) => Err(self.force_unlock(key, error).await),
@@ -185,7 +226,13 @@ impl Connection for PgConnection {
     }
 
     async fn token(&self, _: &AdvisoryKey) -> Result<FencingToken> {
-        self.value::<i64>(&self.token, None, &[]).await.and_then(to_token)
+        let (sent, fresh) = (Instant::now(), self.tokens.are_fresh());
+        let statement = if fresh { &self.tokens.next_alone } else { &self.tokens.draw_alone };
+        let token = self.value::<i64>(statement, None, &[]).await.and_then(to_token)?;
+        if !fresh {
+            self.tokens.made_sure(sent);
+        }
+        Ok(token)
     }
 
     async fn beat(&self) -> Result<()> {

@@ -46,7 +46,7 @@
 //! GRANT SELECT, USAGE, UPDATE ON SEQUENCE public.fencelock_token TO app;
 //! ```
 //!
-//! Tokens are in microseconds since 1970, at most a second behind the server's clock, or ahead of it if that has been set
+//! Tokens are in microseconds since 1970, at most two seconds behind the server's clock, or ahead of it if that has been set
 //! back. Nothing waits for the disk: what the sequence loses in a crash, or in a failover, lies behind the clock by then, to
 //! which each new session raises it. So a token can repeat only if the server has lost its last moments *and* its clock has
 //! been set back, by more than the outage took.

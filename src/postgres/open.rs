@@ -209,7 +209,7 @@ impl Server for Postgres {
         let opened = async {
             settings.apply(&client, ttl).await?;
             settings.apply_where_possible(&client, ttl).await;
-            PgConnection::new(client, identity, settings, self.sequence.draw(Some(now))).await
+            PgConnection::new(client, identity, settings, &self.sequence, now).await
         };
         opened.await.map_err(|error| failure::of_opening(&error))
     }

@@ -53,8 +53,10 @@ impl Sequence {
     ///
     /// Most are the next number of the sequence. When that has fallen behind the clock, or was last raised before this
     /// session began (`began`, by the server's clock), the sequence is raised first: what it had lost in a crash lies
-    /// behind that. `setval` isn't safe against others at the same time, so that one excludes them, with an advisory
-    /// lock that ends with the statement. `began` of `None`: always.
+    /// behind that. `began` of `None`: always.
+    ///
+    /// `setval` isn't safe against others at the same time, so those who raise exclude all who draw, by an advisory lock
+    /// that ends with the statement.
     pub(super) fn draw(&self, began: Option<i64>) -> String {
         let (name, regclass, guard) = (&self.quoted, self.regclass(), AdvisoryKey::of_tokens());
         let raise = format!(
@@ -64,11 +66,16 @@ impl Sequence {
         match began {
             None => raise,
             Some(began) => format!(
-                "CASE WHEN (SELECT last_value FROM {name}) >= greatest({began}, {MICROS} - {LAG}) THEN \
-                 CASE WHEN pg_advisory_xact_lock_shared({guard}) IS NOT NULL THEN nextval({regclass}) END \
-                 ELSE {raise} END"
+                "CASE WHEN (SELECT last_value FROM {name}) >= greatest({began}, {MICROS} - {LAG}) THEN {} ELSE {raise} END",
+                self.next()
             ),
         }
+    }
+
+    /// An expression that draws the next fencing token, for a session that has just had one: it can't have fallen behind.
+    pub(super) fn next(&self) -> String {
+        let (regclass, guard) = (self.regclass(), AdvisoryKey::of_tokens());
+        format!("CASE WHEN pg_advisory_xact_lock_shared({guard}) IS NOT NULL THEN nextval({regclass}) END")
     }
 }
 
