@@ -6,7 +6,7 @@ fail() {
     exit 1
 }
 
-# need PROGRAM PACKAGE: installs Debian's PACKAGE unless PROGRAM, or the file of that path, is there.
+# need PROGRAM PACKAGE: installs Debian's PACKAGE unless PROGRAM, or a file that matches that pattern, is there.
 need() {
     local program=$1 package=$2
     if is_there "$program"; then
@@ -23,7 +23,7 @@ need() {
 }
 
 is_there() {
-    [[ -e $1 ]] || command -v "$1" >/dev/null
+    compgen -G "$1" >/dev/null || command -v "$1" >/dev/null
 }
 
 as_root() {

@@ -13,7 +13,9 @@ need_rust
 need flock util-linux # stands for another program in the tests of `file`
 need setpriv util-linux # lets no server outlive its test
 need redis-server redis-server
-need faketime faketime # moves a server's wall clock
+need faketime faketime # moves a Redis server's wall clock
+need '/usr/lib/postgresql/*/bin/initdb' postgresql # with psql
+need /usr/sbin/pgbouncer pgbouncer
 need openssl openssl # makes certificates
 need pkg-config pkg-config # finds OpenSSL for the feature `native-tls`
 need /usr/include/openssl/ssl.h libssl-dev # which is built with it
@@ -25,13 +27,15 @@ cargo test --locked --all-features --no-fail-fast
 cargo test --locked --features redis,native-tls --lib --test redis_connect
 cargo test --locked --features redis,rustls --test redis_connect tls::
 cargo test --locked --features redis --lib --test redis_connect -- connect:: urls::
+cargo test --locked --features postgres,native-tls --test postgres_connect tls::
+cargo test --locked --features postgres --lib --test postgres_connect -- connect:: tls:: urls::
 cargo test --locked --lib connect::
 
 # The main job as a user runs it, many times over: who wins is a race.
 daily_email() { # daily_email TIMES [FENCELOCK_URL=URL]
     local times=$1 what="daily_email${2:+ with $2}" i last
     for ((i = 1; i <= times; i++)); do
-        last=$(env -u FENCELOCK_URL "${@:2}" cargo run --quiet --locked --features redis --example daily_email | tail -n 1) ||
+        last=$(env -u FENCELOCK_URL "${@:2}" cargo run --quiet --locked --features postgres,redis --example daily_email | tail -n 1) ||
             fail "$what: run $i of $times failed"
         [[ $last == *"1 sent, 2 skipped"* ]] || fail "$what: run $i of $times ended with: $last"
     done
@@ -42,7 +46,7 @@ daily_email 20
 # A server of our own, at $server.
 servers=()
 scratch=$(mktemp -d)
-trap 'kill "${servers[@]}" 2>/dev/null; rm -rf "$scratch"' EXIT
+trap 'kill -INT "${servers[@]}" 2>/dev/null; wait; rm -rf "$scratch"' EXIT
 start_redis() {
     local port pid
     for _ in {1..20}; do
@@ -61,16 +65,47 @@ start_redis() {
     done
     fail "redis-server doesn't start: $(cat "$scratch/$port.log")"
 }
+start_postgres() {
+    local bin port pid data=$scratch/postgres as=()
+    bin=$(printf '%s\n' /usr/lib/postgresql/*/bin | sort -V | tail -n 1)
+    mkdir "$data"
+    if ((EUID == 0)); then
+        # It refuses to run as root.
+        chmod o+x "$scratch"
+        chown postgres "$data"
+        as=(setpriv --reuid postgres --regid postgres --clear-groups)
+    fi
+    "${as[@]}" "$bin/initdb" --no-sync --auth trust --username postgres -D "$data" >"$scratch/initdb.log" 2>&1 ||
+        fail "initdb: $(cat "$scratch/initdb.log")"
+    for _ in {1..20}; do
+        port=$((10000 + RANDOM % 20000))
+        "${as[@]}" "$bin/postgres" -D "$data" -p "$port" -c listen_addresses=127.0.0.1 -c unix_socket_directories= \
+            -c fsync=off >"$scratch/postgres.log" 2>&1 &
+        pid=$!
+        server=postgres@127.0.0.1:$port/postgres
+        while kill -0 "$pid" 2>/dev/null; do
+            # On a port that was taken somebody else may answer.
+            if [[ $(psql -At "postgres://$server" -c 'SHOW data_directory' 2>/dev/null) == "$data" ]]; then
+                servers+=("$pid")
+                return
+            fi
+            sleep 0.05
+        done
+    done
+    fail "postgres doesn't start: $(cat "$scratch/postgres.log")"
+}
 nodes=()
 for _ in {1..3}; do
     start_redis
     nodes+=("$server")
 done
 daily_email 10 "FENCELOCK_URL=redis://${nodes[0]}"
+start_postgres
+daily_email 10 "FENCELOCK_URL=postgres://$server"
 daily_email 10 "FENCELOCK_URL=redlock://$(IFS=,; echo "${nodes[*]}")"
 
 # Each process has a `memory:` of its own, so there all three send: the example must notice.
-if said=$(FENCELOCK_URL=memory: cargo run --quiet --locked --features redis --example daily_email 2>&1) ||
+if said=$(FENCELOCK_URL=memory: cargo run --quiet --locked --features postgres,redis --example daily_email 2>&1) ||
     [[ $said != *"got 3 mails"* ]]; then
     fail "daily_email didn't notice that everybody got three mails, and said: $said"
 fi
