@@ -86,7 +86,8 @@ impl<B: Backend> Holding<B> {
             }
             // A session's heartbeat goes on in any case; without renewal this grant ends before its session does.
             Validity::Session(session) => {
-                let own = if terms.auto_renew { Instant::NEVER } else { claimed_at + terms.ttl };
+                // The claim may have waited on the server for longer than that; the session has a deadline of its own.
+                let own = if terms.auto_renew { Instant::NEVER } else { now + terms.ttl };
                 (own, Some(session), now + third)
             }
         };

@@ -50,7 +50,7 @@ struct End {
 
 impl End {
     fn new(gone: watch::Receiver<()>) -> Arc<Self> {
-        let (broken_off, clean) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (broken_off, clean) = (AtomicBool::new(false), AtomicBool::new(true));
         Arc::new(Self { known: OnceLock::new(), gone, broken_off, clean })
     }
 }
@@ -149,6 +149,11 @@ impl PgClient {
             }
             end.known.get().copied().unwrap_or(Ended::Somehow)
         }
+    }
+
+    /// From now on something may be held or changed on it.
+    pub(super) fn is_used(&self) {
+        self.end.clean.store(false, Ordering::Release);
     }
 
     /// Closes it, or lets the application have it back, with nothing of ours on it.

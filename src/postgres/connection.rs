@@ -1,7 +1,7 @@
 //! [`PgConnection`]: a session of PostgreSQL that holds advisory locks.
 
 use std::fmt;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::OnceCell;
@@ -35,7 +35,6 @@ pub(super) struct PgConnection {
     one: Statements,
     two: OnceCell<Statements>,
     beat: Statement,
-    listens: AtomicBool,
 }
 
 /// How fencing tokens are drawn, and when the last one was.
@@ -90,26 +89,33 @@ impl Statements {
     }
 }
 
-impl PgConnection {
+/// All that is prepared when a session is opened.
+pub(super) struct Prepared {
+    tokens: Tokens,
+    one: Statements,
+    beat: Statement,
+}
+
+impl Prepared {
     /// `began` is the server's clock of now, in microseconds since 1970.
-    pub(super) async fn new(
-        client: PgClient,
-        identity: Identity,
-        settings: Settings,
-        sequence: &Sequence,
-        began: i64,
-    ) -> Result<Self, DriverError> {
+    pub(super) async fn new(client: &PgClient, sequence: &Sequence, began: i64) -> Result<Self, DriverError> {
         let (draw, next) = (sequence.draw(Some(began)), sequence.next());
         let (draw_statement, next_statement) = (format!("SELECT {draw}"), format!("SELECT {next}"));
         let (one, draw_alone, next_alone, beat) = tokio::try_join!(
-            Statements::prepare(&client, &draw, &next, false),
+            Statements::prepare(client, &draw, &next, false),
             client.prepare(&draw_statement, &[]),
             client.prepare(&next_statement, &[]),
             client.prepare(sql::PID, &[]),
         )?;
         let tokens = Tokens { draw, next, draw_alone, next_alone, sure_at: AtomicI64::new(i64::MIN) };
-        let (two, listens) = (OnceCell::new(), AtomicBool::new(false));
-        Ok(Self { client, identity, settings, tokens, one, two, beat, listens })
+        Ok(Self { tokens, one, beat })
+    }
+}
+
+impl PgConnection {
+    pub(super) fn new(client: PgClient, identity: Identity, settings: Settings, prepared: Prepared) -> Self {
+        let Prepared { tokens, one, beat } = prepared;
+        Self { client, identity, settings, tokens, one, two: OnceCell::new(), beat }
     }
 
     async fn statements(&self, key: &AdvisoryKey) -> Result<&Statements> {
@@ -154,11 +160,6 @@ impl PgConnection {
             Err(_) => Error::new(ErrorKind::Unknown, "a lock may be left from a claim that failed")
                 .with_source(error),
         }
-    }
-
-    async fn about_waiters(&self, statement: &str, key: &AdvisoryKey) -> Result<()> {
-        let answer = self.client.rows(statement, &[(&key.of_waiters(), Type::INT8)]).await;
-        answer.map(drop).map_err(|error| failure::of_request(&error))
     }
 
     async fn about(&self, statement: &str, other: &Self) -> Result<bool> {
@@ -222,7 +223,17 @@ impl Connection for PgConnection {
 
     async fn unlock(&self, key: &AdvisoryKey) -> Result<bool> {
         let statement = &self.statements(key).await?.unlock;
-        self.value(statement, Some(key), &[&key.of_waiters(), &key.to_string()]).await
+        let unlocked = self.value(statement, Some(key), &[&key.of_waiters(), &key.to_string()]).await;
+        match unlocked {
+            // Such as the room for notifications. That the lock is unlocked isn't undone by an error; nobody else has it here.
+            Err(error) if error.kind() != ErrorKind::Unknown && self.client.is_over().is_none() => {
+                match self.force_unlock(key, error).await {
+                    error if error.kind() == ErrorKind::Unknown => Err(error),
+                    _ => Ok(true),
+                }
+            }
+            answer => answer,
+        }
     }
 
     async fn token(&self, _: &AdvisoryKey) -> Result<FencingToken> {
@@ -273,19 +284,19 @@ impl Connection for PgConnection {
         if !self.client.hears() {
             return Ok(()); // somebody else hears it
         }
-        if !self.listens.load(Ordering::Acquire) {
-            let listen = format!("LISTEN {}", sql::CHANNEL);
-            self.client.run(&listen).await.map_err(|error| failure::of_request(&error))?;
-            self.listens.store(true, Ordering::Release);
-        }
-        self.about_waiters("SELECT pg_advisory_lock_shared($1)", key).await
+        // In one message, so that a withdrawal can't overtake the half of it.
+        let announce =
+            format!("LISTEN {}; SELECT pg_advisory_lock_shared({})", sql::CHANNEL, key.of_waiters());
+        self.client.run(&announce).await.map_err(|error| failure::of_request(&error))
     }
 
     async fn withdraw(&self, key: &AdvisoryKey) -> Result<()> {
         if !self.client.hears() {
             return Ok(());
         }
-        self.about_waiters("SELECT pg_advisory_unlock_shared($1)", key).await
+        let statement = "SELECT pg_advisory_unlock_shared($1)";
+        let answer = self.client.rows(statement, &[(&key.of_waiters(), Type::INT8)]).await;
+        answer.map(drop).map_err(|error| failure::of_request(&error))
     }
 
     fn is_over(&self) -> Option<Ended> {
@@ -301,11 +312,7 @@ impl Connection for PgConnection {
     }
 
     async fn close(&self) {
-        if self.client.hears() || self.settings.undo(&self.client).await.is_ok() {
-            self.client.hand_back();
-        } else {
-            self.client.break_off();
-        }
+        self.settings.hand_back(&self.client).await;
     }
 }
 

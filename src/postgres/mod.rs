@@ -182,6 +182,10 @@ impl PostgresLocks {
         if config.get_keepalives_idle() == Config::new().get_keepalives_idle() {
             config.keepalives_idle(KEEPALIVE).keepalives_interval(KEEPALIVE / 2).keepalives_retries(3);
         }
+        // And for as long to hear that what it sends arrives.
+        if config.get_tcp_user_timeout().is_none() {
+            config.tcp_user_timeout(KEEPALIVE * 3);
+        }
         Self::of(
             true,
             Arc::new(move |listeners| {
@@ -198,7 +202,7 @@ impl PostgresLocks {
     /// Locks on connections of the application's own: boxed clients, or those of a pool.
     ///
     /// Each connection is kept for as long as the provider needs it. It is dropped, which gives it back to a pool, once nothing
-    /// is held on it and the settings of its session are what they were; one of which that can't be said is only dropped once
+    /// is held on it and the settings of its session are those that a new one has; one of which that can't be said is only dropped once
     /// it is closed, which the provider has the server do.
     ///
     /// The application drives the connections, so releases are not heard on them: who waits without a session of its own looks

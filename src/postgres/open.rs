@@ -10,7 +10,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 
 use super::client::{Connector, PgClient};
-use super::connection::PgConnection;
+use super::connection::{PgConnection, Prepared};
 use super::failure;
 use super::key::AdvisoryKey;
 use super::sql::{self, Sequence};
@@ -93,6 +93,7 @@ impl Postgres {
         };
         let mut others = Vec::new();
         if let Some(second) = &second {
+            second.is_used();
             second.run("BEGIN").await.map_err(refused)?;
             others.push(of(second).await.map_err(refused)?);
         }
@@ -206,12 +207,19 @@ impl Server for Postgres {
         }
         self.checked.get_or_try_init(|| self.check_sessions(&client, identity.pid)).await?;
         let settings = Settings { role, expires: !self.without_expiry };
-        let opened = async {
+        client.is_used();
+        let set = async {
             settings.apply(&client, ttl).await?;
             settings.apply_where_possible(&client, ttl).await;
-            PgConnection::new(client, identity, settings, &self.sequence, now).await
+            Prepared::new(&client, &self.sequence, now).await
         };
-        opened.await.map_err(|error| failure::of_opening(&error))
+        match set.await {
+            Ok(prepared) => Ok(PgConnection::new(client, identity, settings, prepared)),
+            Err(error) => {
+                settings.hand_back(&client).await;
+                Err(failure::of_opening(&error))
+            }
+        }
     }
 }
 
@@ -273,8 +281,17 @@ impl Settings {
         );
     }
 
+    /// Lets the application have its connection back, with nothing of ours on it, or closes one that is ours.
+    pub(super) async fn hand_back(&self, client: &PgClient) {
+        if client.hears() || self.undo(client).await.is_ok() {
+            client.hand_back();
+        } else {
+            client.break_off();
+        }
+    }
+
     /// Undoes all that a session of ours changes.
-    pub(super) async fn undo(&self, client: &PgClient) -> Result<(), DriverError> {
+    async fn undo(&self, client: &PgClient) -> Result<(), DriverError> {
         client
             .run(
                 "SELECT pg_advisory_unlock_all(); UNLISTEN *; RESET statement_timeout; RESET lock_timeout; \

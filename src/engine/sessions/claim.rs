@@ -8,12 +8,13 @@ use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit};
 
 use super::hold::{On, Place, SessionHold, unknown};
 use super::pool::{Lease, Listening, Occupied, Pool, Sessions};
-use super::session::{LockSession, User};
+use super::session::{DOUBT_AFTER, LockSession, User};
 use super::{Connection, Ended, Server};
 use crate::backend::{Claim, Instant, Outcome, OwnerId};
 use crate::engine::backoff::jitter;
 use crate::engine::carried::Carried;
 use crate::engine::lock;
+use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 
@@ -36,7 +37,7 @@ enum Stage<S: Server> {
     /// Nothing, but perhaps an announcement.
     Nothing,
     /// A try is under way.
-    Asking,
+    Asking(Arc<LockSession<S::Connection>>),
     /// It waits on the server.
     Blocked {
         session: Arc<LockSession<S::Connection>>,
@@ -66,6 +67,11 @@ impl<S: Server> Entry<S> {
         Arc::new(Self { stage, changed: Notify::new(), waiting: Mutex::default() })
     }
 
+    /// Whether it ended with this session, and is still to be abandoned.
+    pub(super) fn is_broken_with(&self, session: &Arc<LockSession<S::Connection>>) -> bool {
+        matches!(&*lock(&self.stage), Stage::Broken(broken, _) if Arc::ptr_eq(broken, session))
+    }
+
     fn set(&self, stage: Stage<S>) {
         let before = std::mem::replace(&mut *lock(&self.stage), stage);
         drop(before); // with the stage unlocked
@@ -76,7 +82,7 @@ impl<S: Server> Entry<S> {
     fn take(&self) -> Option<Result<Taken<S>>> {
         let mut stage = lock(&self.stage);
         match &*stage {
-            Stage::Asking | Stage::Blocked { .. } => None,
+            Stage::Asking(_) | Stage::Blocked { .. } => None,
             Stage::Broken(_, error) => Some(Err(unknown(error.duplicate()))), // to be abandoned
             Stage::Nothing | Stage::Granted(..) | Stage::Failed(_) => {
                 match std::mem::replace(&mut *stage, Stage::Nothing) {
@@ -87,6 +93,36 @@ impl<S: Server> Entry<S> {
             }
         }
     }
+}
+
+/// A request under way for a claim. Dropped before it has come to something, as with its runtime, it has broken the claim.
+struct UnderWay<S: Server> {
+    entry: Arc<Entry<S>>,
+    session: Option<Arc<LockSession<S::Connection>>>,
+}
+
+impl<S: Server> UnderWay<S> {
+    fn new(entry: &Arc<Entry<S>>, session: &Arc<LockSession<S::Connection>>) -> Self {
+        Self { entry: entry.clone(), session: Some(session.clone()) }
+    }
+
+    fn comes_to(mut self, stage: Stage<S>) {
+        self.session = None;
+        self.entry.set(stage);
+    }
+}
+
+impl<S: Server> Drop for UnderWay<S> {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.take() {
+            session.break_off();
+            self.entry.set(Stage::Broken(session, stopped()));
+        }
+    }
+}
+
+fn stopped() -> Error {
+    Error::new(ErrorKind::Unknown, "the runtime that serves the session has ended, or stands still")
 }
 
 enum Taken<S: Server> {
@@ -132,7 +168,7 @@ impl<S: Server> Sessions<S> {
     /// Leaves nothing of the claim's requests on the server.
     async fn clear_up(&self, claim: &Claim, entry: &Arc<Entry<S>>) -> Result<()> {
         enum Step<S: Server> {
-            Await,
+            Await(Arc<LockSession<S::Connection>>),
             Cancel(Arc<LockSession<S::Connection>>),
             Release(SessionHold<S>),
             Terminate(Arc<LockSession<S::Connection>>),
@@ -142,7 +178,7 @@ impl<S: Server> Sessions<S> {
             changed.as_mut().enable();
             let step = match &mut *lock(&entry.stage) {
                 Stage::Nothing | Stage::Failed(_) => return Ok(()),
-                Stage::Asking => Step::Await,
+                Stage::Asking(session) => Step::Await(session.clone()),
                 Stage::Blocked { session, cancelled } => {
                     *cancelled = true;
                     Step::Cancel(session.clone())
@@ -151,7 +187,14 @@ impl<S: Server> Sessions<S> {
                 Stage::Broken(session, _) => Step::Terminate(session.clone()),
             };
             match step {
-                Step::Await => changed.await,
+                Step::Await(session) => {
+                    let in_time = tokio::time::timeout(DOUBT_AFTER, changed).await;
+                    // Nobody drives it, so that it can't be waited for; nor can its guards be kept.
+                    if in_time.is_err() && session.is_silent() {
+                        session.break_off();
+                        entry.set(Stage::Broken(session, stopped()));
+                    }
+                }
                 Step::Cancel(session) => self.cancel(claim.ttl, &session, entry).await,
                 Step::Release(hold) => {
                     hold.release(self).await?;
@@ -176,10 +219,23 @@ impl<S: Server> Sessions<S> {
             let patience = CANCEL_PATIENCE * 2u32.pow(tries);
             let cancel = async {
                 let helper = self.0.helper(ttl).await?;
-                let other = helper.user();
-                let cancelled = other.request(other.connection.cancel(&session.connection)).await;
-                helper.done();
-                cancelled
+                let (runtime, waiting) = (helper.user().runtime.clone(), session.clone());
+                waiting.cancel_begins();
+                let ends = OnDrop(Some({
+                    let waiting = waiting.clone();
+                    move || waiting.cancel_ends()
+                }));
+                Carried::new(&runtime, async move {
+                    let other = helper.user();
+                    let cancelled = other.request(other.connection.cancel(&waiting.connection)).await;
+                    if cancelled.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
+                        waiting.break_off(); // it may arrive at any time
+                    }
+                    drop(ends);
+                    helper.done();
+                    cancelled
+                })
+                .await
             };
             // Sent before the wait had reached the server, it has done nothing: then it is sent again.
             match tokio::time::timeout(patience, cancel).await {
@@ -198,6 +254,14 @@ impl<S: Server> Sessions<S> {
             changed.await;
         }
     }
+}
+
+/// Of a claim whose session wasn't ready for it.
+fn not_asked(error: Error) -> Error {
+    if error.kind() != ErrorKind::Unknown {
+        return error;
+    }
+    Error::new(ErrorKind::Unavailable, "the session could not be prepared").with_source(error)
 }
 
 fn busy<H>(retry_after: Option<Duration>) -> Outcome<H> {
@@ -228,22 +292,23 @@ impl<S: Server> Pool<S> {
         } else {
             On::Own(self.own(claim.ttl, None).await?)
         };
-        entry.set(Stage::Asking);
+        let session = on.user().session().clone();
+        entry.set(Stage::Asking(session.clone()));
         self.note(claim.owner, entry);
-        let (runtime, ttl) = (on.user().runtime.clone(), claim.ttl);
+        let (runtime, ttl) = (session.runtime.clone(), claim.ttl);
+        let under_way = UnderWay::new(entry, &session);
         let ask = {
-            let entry = entry.clone();
             async move {
                 let user = on.user();
-                let ready = async {
-                    if let On::Own(_) = &on {
-                        user.set_ttl(ttl).await?;
-                    }
-                    user.request(user.connection.try_lock(occupied.key())).await
-                };
-                let answer = ready.await;
-                let session = user.session().clone();
-                entry.set(match answer {
+                if let On::Own(_) = &on
+                    && let Err(error) = user.set_ttl(ttl).await
+                {
+                    // Nobody knows how long it would stand. Nothing is held on it.
+                    user.break_off();
+                    return under_way.comes_to(Stage::Failed(not_asked(error)));
+                }
+                let answer = user.request(user.connection.try_lock(occupied.key())).await;
+                under_way.comes_to(match answer {
                     Ok(Some(token)) => Stage::Granted(SessionHold::new(Place { occupied, on }), token),
                     Ok(None) => {
                         on.give_back();
@@ -423,14 +488,10 @@ impl<S: Server> Pool<S> {
             Some(Waiting { slot, listening: self.listeners.listen(key), announced: Some(user.clone()) });
         let key = key.clone();
         let announce = async move { user.request(user.connection.announce(&key)).await };
-        let announced = Carried::new(&runtime, announce).await;
-        if announced.is_err() {
-            // Whatever it was: waking is a favour, and the next look tries again.
-            if let Some(waiting) = lock(&entry.waiting).as_mut() {
-                waiting.announced = None;
-            }
+        if let Err(error) = Carried::new(&runtime, announce).await {
+            tracing::debug!(%error, "a release may not be heard: the lock is looked at instead"); // twice a second
         }
-        announced
+        Ok(())
     }
 }
 
@@ -473,40 +534,38 @@ async fn wait_for_grant<S: Server>(
 ) {
     let user = lease.user().clone();
     let session = user.session().clone();
-    let sent = Instant::now();
-    let mut answer = match user.set_ttl(ttl).await {
-        Ok(()) => {
-            user.block();
-            user.request(user.connection.lock(occupied.key())).await
-        }
-        Err(error) => Err(error),
-    };
-    let cancelled = || matches!(&*lock(&entry.stage), Stage::Blocked { cancelled: true, .. });
-    user.stand_anew(sent, ttl);
-    // The server counts from the grant, we from the request. If that is long ago, another one tells how long it stands.
-    if answer.is_ok() && !cancelled() && sent.elapsed() > ttl / 3 {
-        let sent = Instant::now();
-        user.stand_anew(sent, ttl);
-        answer = match user.request(user.connection.beat()).await {
-            Ok(()) => answer,
-            Err(error) => Err(error),
-        };
+    let under_way = UnderWay::new(&entry, &session);
+    if let Err(error) = user.set_ttl(ttl).await {
+        // Nobody knows how long it would stand. Nothing is held on it, and the lease throws it away.
+        return under_way.comes_to(Stage::Failed(not_asked(error)));
     }
-    let is_broken = |error: &Error| error.kind() == ErrorKind::Unknown;
-    entry.set(match answer {
+    let cancelled = || matches!(&*lock(&entry.stage), Stage::Blocked { cancelled: true, .. });
+    user.block();
+    let sent = Instant::now();
+    let mut answer = user.request(user.connection.lock(occupied.key())).await;
+    if answer.is_ok() && !cancelled() {
+        // The server counts from the grant, we from the request. If that is long ago, another one tells how long it stands.
+        if sent.elapsed() > ttl / 3 {
+            let sent = Instant::now();
+            user.stand_anew(sent, ttl);
+            answer = user.request(user.connection.beat()).await.and(answer);
+        } else {
+            user.stand_anew(sent, ttl);
+        }
+    }
+    let stage = match answer {
         Ok(token) if !cancelled() => {
             Stage::Granted(SessionHold::new(Place { occupied, on: On::Own(lease) }), token)
         }
-        Err(error) if is_broken(&error) || user.ended().is_some() => {
-            if user.ended() == Some(Ended::ByServer) {
-                Stage::Failed(error)
-            } else {
-                Stage::Broken(session, error)
-            }
+        Err(error) if user.ended() == Some(Ended::ByServer) => Stage::Failed(not_asked(error)),
+        Err(error) if error.kind() == ErrorKind::Unknown || user.ended().is_some() => {
+            Stage::Broken(session, error)
         }
         answer => {
-            // It may be held all the same.
+            // A cancel that is still on its way must not hit what is done here next.
+            user.cancels_over().await;
             user.stand_anew(Instant::now(), ttl);
+            // It may be held all the same.
             match user.request(user.connection.clear()).await {
                 Ok(()) => {
                     lease.give_back();
@@ -522,5 +581,6 @@ async fn wait_for_grant<S: Server>(
                 }
             }
         }
-    });
+    };
+    under_way.comes_to(stage);
 }

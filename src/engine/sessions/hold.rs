@@ -1,7 +1,7 @@
 //! [`SessionHold`]: a lock that is held on a session, and its one unlock.
 
 use std::fmt;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
@@ -174,12 +174,13 @@ async fn unlock<S: Server>(place: Place<S>, done: watch::Sender<Option<Unlocked>
         Ok(true) => Unlocked::Yes,
         Ok(false) => Unlocked::NotHeld,
         Err(error) => {
+            let may_be_done = error.kind() == ErrorKind::Unknown || user.ended().is_none();
             // Whether it is still held there nobody can say: nobody shall get it as their own.
             if user.ended() != Some(Ended::ByServer) {
                 tracing::debug!(%error, "an unlock failed: the session is thrown away");
                 user.break_off();
             }
-            Unlocked::Ended { unlocked_perhaps: error.kind() == ErrorKind::Unknown }
+            Unlocked::Ended { unlocked_perhaps: may_be_done }
         }
     };
     let Place { occupied, on } = place;
@@ -192,12 +193,13 @@ async fn unlock<S: Server>(place: Place<S>, done: watch::Sender<Option<Unlocked>
 }
 
 impl<S: Server> Drop for Hold<S> {
+    /// A grant that nobody took, or whose release was given up: what nobody knows of mustn't be kept alive by others on the
+    /// same session.
     fn drop(&mut self) {
-        // The engine has given up: what nobody knows of mustn't be kept alive by others on the same session.
-        if let State::Held(place) = &*lock(&self.state)
-            && place.on.user().ended().is_none()
-        {
-            place.on.user().break_off();
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let State::Held(place) = std::mem::replace(state, State::Transferred) {
+            let (done, _) = watch::channel(None);
+            drop(Carried::new(&self.session.runtime, unlock(place, done))); // it is carried to its end
         }
     }
 }

@@ -21,6 +21,8 @@ mod claim;
 mod hold;
 mod pool;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::fmt::Debug;
 use std::hash::Hash;

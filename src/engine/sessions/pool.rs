@@ -18,6 +18,7 @@ use crate::backend::{Due, Instant, OwnerId, Renewal};
 use crate::engine::backoff::Backoff;
 use crate::engine::flight::Flight;
 use crate::engine::lock;
+use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Loss;
 
@@ -111,7 +112,7 @@ impl<S: Server> Sessions<S> {
         let all: Vec<_> = lock(&self.0.all).iter().filter_map(Weak::upgrade).collect();
         for session in all {
             if session.end_if_unused(Loss::Closed) {
-                close(&session).await;
+                close(&session).await; // its warden does the rest
             }
         }
     }
@@ -202,6 +203,16 @@ impl<S: Server> Pool<S> {
         }
         tokio::spawn(warden(self, &session));
         Ok(session)
+    }
+
+    /// A session has ended: nobody gets it any more, and who hears releases over it has to look.
+    fn remove(&self, session: &Arc<LockSession<S::Connection>>) {
+        let is_it = |other: &Arc<_>| Arc::ptr_eq(other, session);
+        for shared in lock(&self.shared).values() {
+            lock(&shared.current).take_if(|current| is_it(current));
+        }
+        lock(&self.idle).retain(|idle| !is_it(idle));
+        self.listeners.wake_all();
     }
 
     /// Takes a key for a claim, unless another name or claim of this provider has it.
@@ -295,6 +306,18 @@ async fn watch_over<S: Server>(
     closed: impl Future<Output = Ended>,
 ) {
     tokio::pin!(closed);
+    // The runtime may end, and the connection with it.
+    let _gone = OnDrop(Some({
+        let (pool, session) = (pool.clone(), session.clone());
+        move || {
+            if let Some(session) = session.upgrade() {
+                session.end(Ended::Somehow, ENDED);
+                if let Some(pool) = pool.upgrade() {
+                    pool.remove(&session);
+                }
+            }
+        }
+    }));
     loop {
         let Some(session) = session.upgrade() else { return };
         let pool_is_closed = pool.upgrade().is_none_or(|pool| pool.closed.load(Ordering::Acquire));
@@ -340,12 +363,14 @@ async fn watch_over<S: Server>(
         }
     }
     let (Some(pool), Some(session)) = (pool.upgrade(), session.upgrade()) else { return };
-    pool.listeners.wake_all();
+    pool.remove(&session);
     // Where only the way to the server is broken, what was held there would be in the way of others for a TTL.
     let (give_up_at, mut backoff) = (Instant::now() + session.ttl(), Backoff::between_retries());
     while pool.terminate(&session).await.is_err() && !give_up_at.has_passed() {
         tokio::time::sleep(backoff.next()).await;
     }
+    // By now nothing of it can be left.
+    lock(&pool.claims).retain(|_, claim| !claim.is_broken_with(&session));
 }
 
 async fn sleep_until(at: Instant) {
@@ -383,9 +408,7 @@ impl<S: Server> Lease<S> {
 impl<S: Server> Drop for Lease<S> {
     fn drop(&mut self) {
         if self.given_back && self.user.ended().is_none() {
-            let mut idle = lock(&self.pool.idle);
-            idle.retain(|session| session.ended().is_none());
-            idle.push(self.user.session().clone());
+            lock(&self.pool.idle).push(self.user.session().clone());
         } else {
             self.user.break_off();
         }
@@ -411,9 +434,9 @@ impl<S: Server> Drop for Occupied<S> {
     }
 }
 
-/// Claims that wait to hear of a release, by key.
+/// Claims that wait to hear of a release, by key. Names with the same key hear of the same.
 #[derive(Debug)]
-pub(crate) struct Listeners<K>(Mutex<HashMap<K, Arc<Notify>>>);
+pub(crate) struct Listeners<K>(Mutex<HashMap<K, Vec<Arc<Notify>>>>);
 
 impl<K> Default for Listeners<K> {
     fn default() -> Self {
@@ -424,20 +447,23 @@ impl<K> Default for Listeners<K> {
 impl<K: Clone + Eq + Hash> Listeners<K> {
     /// The lock of this key has been released.
     pub(crate) fn wake(&self, key: &K) {
-        if let Some(listener) = lock(&self.0).get(key) {
-            listener.notify_one();
+        if let Some(listeners) = lock(&self.0).get(key) {
+            for listener in listeners {
+                listener.notify_one();
+            }
         }
     }
 
     /// Some releases may not have been heard.
     pub(crate) fn wake_all(&self) {
-        for listener in lock(&self.0).values() {
+        for listener in lock(&self.0).values().flatten() {
             listener.notify_one();
         }
     }
 
     pub(super) fn listen(self: &Arc<Self>, key: &K) -> Listening<K> {
-        let heard = lock(&self.0).entry(key.clone()).or_default().clone();
+        let heard = Arc::<Notify>::default();
+        lock(&self.0).entry(key.clone()).or_default().push(heard.clone());
         Listening { all: self.clone(), key: key.clone(), heard }
     }
 }
@@ -462,6 +488,12 @@ impl<K: Eq + Hash> Listening<K> {
 
 impl<K: Eq + Hash> Drop for Listening<K> {
     fn drop(&mut self) {
-        lock(&self.all.0).remove(&self.key);
+        let mut all = lock(&self.all.0);
+        if let Some(listeners) = all.get_mut(&self.key) {
+            listeners.retain(|listener| !Arc::ptr_eq(listener, &self.heard));
+            if listeners.is_empty() {
+                all.remove(&self.key);
+            }
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Loss;
 
 /// A session on which nothing has been answered for so long gets no new claims.
-const DOUBT_AFTER: Duration = Duration::from_secs(2);
+pub(super) const DOUBT_AFTER: Duration = Duration::from_secs(2);
 
 /// How long a session without a use is kept open.
 const IDLE_FOR: Duration = Duration::from_secs(30);
@@ -27,6 +27,7 @@ pub(super) struct LockSession<C> {
     pub(super) runtime: Handle,
     state: Mutex<State>,
     changed: Notify,
+    cancelled: Notify,
     /// That nothing of it is left on the server, once it has ended here.
     pub(super) terminated: OnceCell<()>,
 }
@@ -45,6 +46,8 @@ struct State {
     unanswered: usize,
     /// Since when there have been some, and no answers.
     silent_since: Instant,
+    /// Requests over other connections to cancel what is done here, which may still arrive.
+    cancels: usize,
 }
 
 /// What a session's warden has to do next.
@@ -59,6 +62,12 @@ pub(super) enum Duty {
     Over,
 }
 
+impl State {
+    fn is_silent(&self) -> bool {
+        self.unanswered > 0 && !self.blocked && self.silent_since.elapsed() >= DOUBT_AFTER
+    }
+}
+
 impl<C: Connection> LockSession<C> {
     /// The server was last heard from after a request that was sent at `sent`.
     pub(super) fn new(connection: C, ttl: Duration, sent: Instant) -> Arc<Self> {
@@ -71,12 +80,14 @@ impl<C: Connection> LockSession<C> {
             ended: None,
             unanswered: 0,
             silent_since: Instant::NEVER,
+            cancels: 0,
         };
         Arc::new(Self {
             connection,
             runtime: Handle::current(),
             state: Mutex::new(state),
             changed: Notify::new(),
+            cancelled: Notify::new(),
             terminated: OnceCell::new(),
         })
     }
@@ -97,9 +108,12 @@ impl<C: Connection> LockSession<C> {
 
     /// Uses it, unless it has ended or is in doubt.
     pub(super) fn enter(self: &Arc<Self>) -> Option<User<C>> {
+        if let Some(ended) = self.connection.is_over() {
+            self.end(ended, ENDED);
+        }
         let mut state = lock(&self.state);
-        let silent = state.unanswered > 0 && state.silent_since.elapsed() >= DOUBT_AFTER;
-        if state.ended.is_some() || silent || (!state.blocked && state.stands.deadline().has_passed()) {
+        let is_over = !state.blocked && state.stands.deadline().has_passed();
+        if state.ended.is_some() || state.is_silent() || is_over {
             return None;
         }
         state.users += 1;
@@ -141,6 +155,34 @@ impl<C: Connection> LockSession<C> {
             state.stands.extend(until);
         }
         answer
+    }
+
+    /// Whether it hasn't answered for so long that it may be served by a runtime which isn't polled.
+    pub(super) fn is_silent(&self) -> bool {
+        lock(&self.state).is_silent()
+    }
+
+    /// Somebody sends a request to cancel what is done here.
+    pub(super) fn cancel_begins(&self) {
+        lock(&self.state).cancels += 1;
+    }
+
+    /// That request can't arrive any more.
+    pub(super) fn cancel_ends(&self) {
+        lock(&self.state).cancels -= 1;
+        self.cancelled.notify_waiters();
+    }
+
+    /// Resolves once no such request can arrive any more.
+    pub(super) async fn cancels_over(&self) {
+        loop {
+            let mut cancelled = std::pin::pin!(self.cancelled.notified());
+            cancelled.as_mut().enable();
+            if lock(&self.state).cancels == 0 {
+                return;
+            }
+            cancelled.await;
+        }
     }
 
     /// It is given another TTL, while nothing is held.
