@@ -88,7 +88,7 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
         #[cfg(feature = "redis")]
         Some(("redlock", rest)) => connect_redlock(rest).await,
         #[cfg(feature = "postgres")]
-        Some(("postgres" | "postgresql", rest)) => connect_postgres(rest).await,
+        Some(("postgres" | "postgresql", rest)) => Box::pin(connect_postgres(rest)).await, // a large one
         Some((scheme, _)) => Err(unknown(scheme)),
         None => Err(Error::new(
             ErrorKind::Config,

@@ -13,6 +13,9 @@ use crate::error::{Error, ErrorKind, Result};
 /// How it ended; `None`: not yet.
 type Outcome = Option<Arc<Result<()>>>;
 
+/// How much longer than an attempt is given others wait for it.
+const LONGER: Duration = Duration::from_millis(100);
+
 pub(crate) struct Flight {
     limit: Duration,
     state: Arc<Mutex<State>>,
@@ -49,7 +52,9 @@ impl Flight {
                     return Err(error.duplicate());
                 }
                 let joinable = |(began, ended): &(Instant, watch::Receiver<Outcome>)| {
-                    began.elapsed() < self.limit && ended.borrow().is_none() && ended.has_changed().is_ok()
+                    began.elapsed() < self.limit + LONGER
+                        && ended.borrow().is_none()
+                        && ended.has_changed().is_ok()
                 };
                 match &state.under_way {
                     Some(under_way) if joinable(under_way) => under_way.1.clone(),
@@ -72,7 +77,7 @@ impl Flight {
                 }
             };
             // A little longer than the attempt itself is given.
-            let outcome = tokio::time::timeout(self.limit, ended.wait_for(Option::is_some)).await;
+            let outcome = tokio::time::timeout(self.limit + LONGER, ended.wait_for(Option::is_some)).await;
             if let Ok(Ok(outcome)) = outcome
                 && let Some(outcome) = outcome.as_deref()
             {

@@ -18,7 +18,7 @@ use super::failure;
 use super::key::{AdvisoryKey, Asks};
 use super::sql::CHANNEL;
 use crate::engine::sessions::{Ended, Listeners};
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// A client, the application's own or one that was made here.
 pub(super) type Handle = Box<dyn Deref<Target = Client> + Send + Sync>;
@@ -93,7 +93,7 @@ impl PgClient {
     }
 
     pub(super) async fn prepare(&self, statement: &str, types: &[Type]) -> Result<Statement, DriverError> {
-        self.heed(self.handle.prepare_typed(statement, types).await)
+        self.heed(self.handle.prepare_typed(statement, types).await).await
     }
 
     /// The one row that a prepared statement answers.
@@ -102,7 +102,7 @@ impl PgClient {
         statement: &Statement,
         parameters: &[&(dyn ToSql + Sync)],
     ) -> Result<Row, DriverError> {
-        self.heed(self.handle.query_one(statement, parameters).await)
+        self.heed(self.handle.query_one(statement, parameters).await).await
     }
 
     /// The rows of a statement that isn't prepared, in one round trip, too.
@@ -111,17 +111,30 @@ impl PgClient {
         statement: &str,
         parameters: &[(&(dyn ToSql + Sync), Type)],
     ) -> Result<Vec<Row>, DriverError> {
-        self.heed(self.handle.query_typed(statement, parameters).await)
+        self.heed(self.handle.query_typed(statement, parameters).await).await
+    }
+
+    /// What the failure of a request means here.
+    pub(super) fn failed(&self, error: &DriverError) -> Error {
+        // What the server says when it ends a session is the answer to the request that it has; without one, others
+        // have not come to it.
+        if error.as_db_error().is_none() && self.is_over() == Some(Ended::ByServer) {
+            let message = "PostgreSQL has ended the session before it was asked";
+            return Error::new(ErrorKind::Unavailable, message).with_source(error.to_string());
+        }
+        failure::of_request(error)
     }
 
     /// Statements without an answer.
     pub(super) async fn run(&self, statements: &str) -> Result<(), DriverError> {
-        self.heed(self.handle.batch_execute(statements).await)
+        self.heed(self.handle.batch_execute(statements).await).await
     }
 
-    fn heed<T>(&self, answer: Result<T, DriverError>) -> Result<T, DriverError> {
+    async fn heed<T>(&self, answer: Result<T, DriverError>) -> Result<T, DriverError> {
         if answer.as_ref().is_err_and(failure::is_fatal) {
             let _ = self.end.known.set(Ended::ByServer); // the connection's end may have told it before
+        } else if self.task.is_some() && answer.as_ref().is_err_and(DriverError::is_closed) {
+            let _ = self.end.gone.clone().changed().await; // then it is known how it ended
         }
         answer
     }
@@ -156,9 +169,14 @@ impl PgClient {
         self.end.clean.store(false, Ordering::Release);
     }
 
+    /// Nothing is held or changed on it any more.
+    pub(super) fn is_clean(&self) {
+        self.end.clean.store(true, Ordering::Release);
+    }
+
     /// Closes it, or lets the application have it back, with nothing of ours on it.
     pub(super) fn hand_back(&self) {
-        self.end.clean.store(true, Ordering::Release);
+        self.is_clean();
         self.break_off();
     }
 

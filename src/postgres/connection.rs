@@ -72,12 +72,18 @@ struct Statements {
 }
 
 impl Statements {
-    async fn prepare(client: &PgClient, draw: &str, next: &str, two: bool) -> Result<Self, DriverError> {
+    async fn prepare(
+        client: &PgClient,
+        pid: i32,
+        draw: &str,
+        next: &str,
+        two: bool,
+    ) -> Result<Self, DriverError> {
         let key: &[Type] = if two { &[Type::INT4, Type::INT4] } else { &[Type::INT8] };
         let unlock_types = [key, &[Type::INT8, Type::TEXT]].concat();
         let force = if two { "SELECT pg_advisory_unlock($1, $2)" } else { "SELECT pg_advisory_unlock($1)" };
-        let (try_lock, again) = (sql::try_lock(draw, two), sql::try_lock(next, two));
-        let (lock, unlock) = (sql::lock(draw, two), sql::unlock(two));
+        let (try_lock, again) = (sql::try_lock(pid, draw, two), sql::try_lock(pid, next, two));
+        let (lock, unlock) = (sql::lock(pid, draw, two), sql::unlock(two));
         let (try_lock, try_lock_again, lock, unlock, force_unlock) = tokio::try_join!(
             client.prepare(&try_lock, key),
             client.prepare(&again, key),
@@ -98,11 +104,16 @@ pub(super) struct Prepared {
 
 impl Prepared {
     /// `began` is the server's clock of now, in microseconds since 1970.
-    pub(super) async fn new(client: &PgClient, sequence: &Sequence, began: i64) -> Result<Self, DriverError> {
+    pub(super) async fn new(
+        client: &PgClient,
+        pid: i32,
+        sequence: &Sequence,
+        began: i64,
+    ) -> Result<Self, DriverError> {
         let (draw, next) = (sequence.draw(Some(began)), sequence.next());
         let (draw_statement, next_statement) = (format!("SELECT {draw}"), format!("SELECT {next}"));
         let (one, draw_alone, next_alone, beat) = tokio::try_join!(
-            Statements::prepare(client, &draw, &next, false),
+            Statements::prepare(client, pid, &draw, &next, false),
             client.prepare(&draw_statement, &[]),
             client.prepare(&next_statement, &[]),
             client.prepare(sql::PID, &[]),
@@ -123,8 +134,8 @@ impl PgConnection {
             AdvisoryKey::One(_) => Ok(&self.one),
             AdvisoryKey::Two(..) => {
                 let Tokens { draw, next, .. } = &self.tokens;
-                let prepare = || Statements::prepare(&self.client, draw, next, true);
-                self.two.get_or_try_init(prepare).await.map_err(|error| failure::of_request(&error))
+                let prepare = || Statements::prepare(&self.client, self.identity.pid, draw, next, true);
+                self.two.get_or_try_init(prepare).await.map_err(|error| self.client.failed(&error))
             }
         }
     }
@@ -143,7 +154,7 @@ impl PgConnection {
             }
         };
         // An answer that doesn't fit is somebody else's.
-        row.and_then(|row| row.try_get(0)).map_err(|error| failure::of_request(&error))
+        row.and_then(|row| row.try_get(0)).map_err(|error| self.client.failed(&error))
     }
 
     /// After a statement that may have locked before it failed.
@@ -165,9 +176,13 @@ impl PgConnection {
     async fn about(&self, statement: &str, other: &Self) -> Result<bool> {
         let Identity { pid, began, .. } = &other.identity;
         let rows = self.client.rows(statement, &[(pid, Type::INT4), (began, Type::INT8)]).await;
-        let rows = rows.map_err(|error| failure::of_request(&error))?;
-        rows.first().map_or(Ok(false), |row| row.try_get(0)).map_err(|error| failure::of_request(&error))
+        let rows = rows.map_err(|error| self.client.failed(&error))?;
+        rows.first().map_or(Ok(false), |row| row.try_get(0)).map_err(|error| self.client.failed(&error))
     }
+}
+
+fn swapped() -> Error {
+    Error::new(ErrorKind::Unknown, "the session has been swapped for another").with_source(pooled())
 }
 
 pub(super) fn to_token(drawn: i64) -> Result<FencingToken> {
@@ -204,6 +219,7 @@ impl Connection for PgConnection {
         let statement = if fresh { &statements.try_lock_again } else { &statements.try_lock };
         let drawn = match self.value::<Option<i64>>(statement, Some(key), &[]).await {
             Ok(None) => return Ok(None),
+            Ok(Some(sql::SWAPPED)) => return Err(swapped()),
             Ok(Some(drawn)) => to_token(drawn),
             Err(error) => Err(error),
         };
@@ -218,7 +234,10 @@ impl Connection for PgConnection {
 
     async fn lock(&self, key: &AdvisoryKey) -> Result<FencingToken> {
         let statement = &self.statements(key).await?.lock;
-        self.value::<i64>(statement, Some(key), &[]).await.and_then(to_token)
+        match self.value(statement, Some(key), &[]).await? {
+            sql::SWAPPED => Err(swapped()),
+            drawn => to_token(drawn),
+        }
     }
 
     async fn unlock(&self, key: &AdvisoryKey) -> Result<bool> {
@@ -251,11 +270,11 @@ impl Connection for PgConnection {
         if pid == self.identity.pid {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::Unknown, "the session has been swapped").with_source(pooled()))
+        Err(swapped())
     }
 
     async fn set_ttl(&self, ttl: Duration) -> Result<()> {
-        self.settings.apply(&self.client, ttl).await.map_err(|error| failure::of_request(&error))
+        self.settings.apply(&self.client, ttl).await.map_err(|error| self.client.failed(&error))
     }
 
     async fn clear(&self) -> Result<()> {
@@ -266,13 +285,17 @@ impl Connection for PgConnection {
                 Err(error) if failure::is_cancelled(&error) && cancelled < CANCELLED_AT_MOST => {
                     cancelled += 1;
                 }
-                Err(error) => return Err(failure::of_request(&error)),
+                Err(error) => return Err(self.client.failed(&error)),
             }
         }
     }
 
     async fn cancel(&self, waiting: &Self) -> Result<()> {
         self.about(sql::CANCEL, waiting).await.map(drop)
+    }
+
+    async fn has_answered(&self, other: &Self) -> Result<bool> {
+        self.about(sql::HAS_ANSWERED, other).await
     }
 
     async fn terminate(&self, other: &Self) -> Result<()> {
@@ -287,7 +310,7 @@ impl Connection for PgConnection {
         // In one message, so that a withdrawal can't overtake the half of it.
         let announce =
             format!("LISTEN {}; SELECT pg_advisory_lock_shared({})", sql::CHANNEL, key.of_waiters());
-        self.client.run(&announce).await.map_err(|error| failure::of_request(&error))
+        self.client.run(&announce).await.map_err(|error| self.client.failed(&error))
     }
 
     async fn withdraw(&self, key: &AdvisoryKey) -> Result<()> {
@@ -296,7 +319,7 @@ impl Connection for PgConnection {
         }
         let statement = "SELECT pg_advisory_unlock_shared($1)";
         let answer = self.client.rows(statement, &[(&key.of_waiters(), Type::INT8)]).await;
-        answer.map(drop).map_err(|error| failure::of_request(&error))
+        answer.map(drop).map_err(|error| self.client.failed(&error))
     }
 
     fn is_over(&self) -> Option<Ended> {

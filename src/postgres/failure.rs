@@ -89,10 +89,16 @@ fn refusal(error: &DbError) -> Option<(ErrorKind, &'static str)> {
         return Some((ErrorKind::Exhausted, "the sequence of fencing tokens has come to its end"));
     }
     if of(&[SqlState::READ_ONLY_SQL_TRANSACTION]) {
-        return Some((ErrorKind::Unavailable, READ_ONLY));
+        return Some((
+            ErrorKind::Unavailable,
+            "PostgreSQL takes no writes here: it is a standby, or its transactions are read-only",
+        ));
     }
     if of(&[SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_OBJECT]) {
         return Some((ErrorKind::Config, "the sequence of fencing tokens is gone"));
+    }
+    if of(&[SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT]) {
+        return Some((ErrorKind::Unsupported, POOLED));
     }
     if of(&[SqlState::DISK_FULL]) {
         return Some((ErrorKind::Unavailable, "PostgreSQL has no space left on its disk"));
@@ -108,5 +114,9 @@ fn refusal(error: &DbError) -> Option<(ErrorKind, &'static str)> {
     }
     None
 }
+
+pub(super) const POOLED: &str = "these connections lead to another session of PostgreSQL with each transaction, as behind \
+    PgBouncer in transaction mode: connect to PostgreSQL itself, have the pooler keep sessions, or use \
+    transaction_scoped(true), in a URL `transaction_scoped=true`";
 
 pub(super) const READ_ONLY: &str = "this PostgreSQL server is a read-only standby";

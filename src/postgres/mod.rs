@@ -24,6 +24,9 @@
 //! once. Who waits for more names than that looks whenever the lock is released (`NOTIFY`), and twice a second for
 //! holders that died, and is the next to get a session.
 //!
+//! While a statement waits it keeps `VACUUM` from clearing up what has been deleted since it began, as any other does, and
+//! whoever alters or drops the sequence of tokens waits for it.
+//!
 //! The server ends a session that it hasn't heard from for the TTL (`idle_session_timeout`, PostgreSQL 14), and frees its
 //! locks; a heartbeat every third of the TTL, one for all locks on a session, keeps it. So the locks of a holder that is
 //! frozen, or cut off, are free when the TTL is over, and it knows by its own clock. A session that ends otherwise (an

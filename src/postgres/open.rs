@@ -23,6 +23,9 @@ const OLDEST: i32 = 100_000;
 /// How long an application's pool may take to give a second connection, for a look at what it leads to.
 const SECOND_CONNECTION_WITHIN: Duration = Duration::from_secs(1);
 
+/// How often it is looked whether sessions are swapped.
+const ROUNDS: usize = 8;
+
 /// A database of PostgreSQL.
 pub(super) struct Postgres {
     pub(super) connector: Connector,
@@ -77,33 +80,42 @@ impl Postgres {
     }
 
     /// Refuses connections that lead to another session with each transaction, as behind a pooler.
+    ///
+    /// While one connection is idle, a transaction of another one would get its session, or it another session afterwards:
+    /// perhaps, if others use the pooler, too.
     async fn check_sessions(&self, client: &PgClient, pid: i32) -> Result<()> {
-        let of = async |client: &PgClient| {
+        let is_swapped = async |client: &PgClient| {
             let rows = client.rows(sql::PID, &[]).await?;
-            rows.first().map_or(Ok(0), |row| row.try_get::<_, i32>(0))
+            rows.first().map_or(Ok(0), |row| row.try_get::<_, i32>(0)).map(|now| now != pid)
         };
         let refused = |error: DriverError| failure::of_opening(&error);
-        // While this one is idle, another one's transaction would get its session.
-        let listeners = Arc::default();
-        let second = tokio::time::timeout(SECOND_CONNECTION_WITHIN, (self.connector)(listeners)).await;
+        let second = tokio::time::timeout(SECOND_CONNECTION_WITHIN, (self.connector)(Arc::default())).await;
         let second = match second {
             Ok(Ok(second)) => Some(second),
             Ok(Err(error)) if client.hears() => return Err(error),
             Ok(Err(_)) | Err(_) => None, // a pool may have no more than one
         };
-        let mut others = Vec::new();
-        if let Some(second) = &second {
-            second.is_used();
-            second.run("BEGIN").await.map_err(refused)?;
-            others.push(of(second).await.map_err(refused)?);
+        for _ in 0..ROUNDS {
+            if let Some(second) = &second {
+                second.is_used();
+                match second.run("BEGIN").await {
+                    // Of a pooler that doesn't even keep a session for a transaction.
+                    Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => return Err(pooled()),
+                    begun => begun.map_err(refused)?,
+                }
+                let is_ours = !is_swapped(second).await.map_err(refused)?;
+                if is_ours || is_swapped(client).await.map_err(refused)? {
+                    return Err(pooled());
+                }
+                second.run("ROLLBACK").await.map_err(refused)?;
+                second.is_clean();
+            }
+            if is_swapped(client).await.map_err(refused)? {
+                return Err(pooled());
+            }
         }
-        let again = [of(client).await.map_err(refused)?, of(client).await.map_err(refused)?];
-        if let Some(second) = &second {
-            second.run("ROLLBACK").await.map_err(refused)?;
+        if let Some(second) = second {
             second.hand_back();
-        }
-        if others.contains(&pid) || again != [pid; 2] {
-            return Err(pooled());
         }
         Ok(())
     }
@@ -112,7 +124,12 @@ impl Postgres {
     async fn prepare_sequence(&self, client: &PgClient, exists: bool) -> Result<()> {
         let name = self.sequence.quoted();
         if !exists {
-            match client.run(&self.sequence.ddl()).await {
+            // Also where the user's transactions are read-only unless they say otherwise.
+            let made = client.run(&format!("BEGIN READ WRITE; {}; COMMIT", self.sequence.ddl())).await;
+            if made.is_err() {
+                client.run("ROLLBACK").await.map_err(|error| failure::of_opening(&error))?;
+            }
+            match made {
                 Ok(()) => {}
                 // Somebody else was faster.
                 Err(error) if is_made_already(&error) => {}
@@ -173,12 +190,7 @@ fn is_made_already(error: &DriverError) -> bool {
 }
 
 pub(super) fn pooled() -> Error {
-    Error::new(
-        ErrorKind::Unsupported,
-        "these connections lead to another session of PostgreSQL with each transaction, as behind PgBouncer in transaction \
-         mode: connect to PostgreSQL itself, have the pooler keep sessions, or use transaction_scoped(true), in a URL \
-         `transaction_scoped=true`",
-    )
+    Error::new(ErrorKind::Unsupported, failure::POOLED)
 }
 
 const NO_EXPIRY: &str = "before version 14 PostgreSQL doesn't end the session of a holder that is frozen: say that this \
@@ -211,7 +223,7 @@ impl Server for Postgres {
         let set = async {
             settings.apply(&client, ttl).await?;
             settings.apply_where_possible(&client, ttl).await;
-            Prepared::new(&client, &self.sequence, now).await
+            Prepared::new(&client, identity.pid, &self.sequence, now).await
         };
         match set.await {
             Ok(prepared) => Ok(PgConnection::new(client, identity, settings, prepared)),

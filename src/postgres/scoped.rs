@@ -162,6 +162,17 @@ impl Connection for ScopedConnection {
         Err(Error::new(ErrorKind::Unsupported, "waits behind a pooler are ended with their connection"))
     }
 
+    async fn has_answered(&self, other: &Self) -> Result<bool> {
+        let Some((pid, _)) = lock(&other.state).transaction else { return Ok(false) };
+        let rows = self
+            .drawer
+            .rows(sql::HAS_ANSWERED_IN_TRANSACTION, &[(&pid, Type::INT4)])
+            .await
+            .map_err(failed)?;
+        // Without the process the transaction is over.
+        rows.first().map_or(Ok(true), |row| row.try_get(0)).map_err(failed)
+    }
+
     /// Waits until the pooler has done it: nobody else can tell for whom that process works.
     async fn terminate(&self, other: &Self) -> Result<()> {
         let Some((pid, key)) = lock(&other.state).transaction else { return Ok(()) };

@@ -109,6 +109,14 @@ pub(super) const IS_HELD: &str = "SELECT EXISTS (SELECT FROM pg_locks JOIN pg_da
      WHERE locktype = 'advisory' AND datname = current_database() AND pid = $1 \
      AND classid = $2 AND objid = $3 AND objsubid = $4)";
 
+/// Whether it has done all that has arrived there.
+pub(super) const HAS_ANSWERED: &str = "SELECT state <> 'active' FROM pg_stat_activity \
+     WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
+
+/// Whether the process `$1`, which serves a transaction, has done all that has arrived there.
+pub(super) const HAS_ANSWERED_IN_TRANSACTION: &str =
+    "SELECT state <> 'active' FROM pg_stat_activity WHERE pid = $1";
+
 /// Cancels what that session is doing.
 pub(super) const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity \
      WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
@@ -122,16 +130,23 @@ fn parameters(two: bool) -> (&'static str, usize) {
     if two { ("$1, $2", 3) } else { ("$1", 2) }
 }
 
-/// Tries the lock; with its token if it is granted. A `CASE` is evaluated in order.
-pub(super) fn try_lock(draw: &str, two: bool) -> String {
+/// Instead of a token: this is another session than the one that it should be. Nothing has been locked.
+pub(super) const SWAPPED: i64 = -1;
+
+/// Tries the lock on the session of this process; with its token if it is granted. A `CASE` is evaluated in order.
+pub(super) fn try_lock(pid: i32, draw: &str, two: bool) -> String {
     let (key, _) = parameters(two);
-    format!("SELECT CASE WHEN pg_try_advisory_lock({key}) THEN {draw} END")
+    format!(
+        "SELECT CASE WHEN pg_backend_pid() <> {pid} THEN {SWAPPED} WHEN pg_try_advisory_lock({key}) THEN {draw} END"
+    )
 }
 
 /// Waits for the lock, and draws its token then.
-pub(super) fn lock(draw: &str, two: bool) -> String {
+pub(super) fn lock(pid: i32, draw: &str, two: bool) -> String {
     let (key, _) = parameters(two);
-    format!("SELECT CASE WHEN pg_advisory_lock({key}) IS NOT NULL THEN {draw} END")
+    format!(
+        "SELECT CASE WHEN pg_backend_pid() <> {pid} THEN {SWAPPED} WHEN pg_advisory_lock({key}) IS NOT NULL THEN {draw} END"
+    )
 }
 
 /// Frees the lock, and tells of it if anybody has announced that it wants to know: then the key of those who do can't be had.

@@ -20,7 +20,10 @@ fn main() -> ExitCode {
     targets.extend(redis::targets());
     #[cfg(feature = "postgres")]
     targets.extend(postgres::targets());
-    testing::main(targets)
+    let outcome = testing::main(targets);
+    #[cfg(feature = "postgres")]
+    postgres::stop_servers();
+    outcome
 }
 
 fn provider(backend: impl Backend, options: LockOptions) -> Box<dyn LockProvider> {

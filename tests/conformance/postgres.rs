@@ -1,7 +1,7 @@
 //! A PostgreSQL server, with a database for each trial, and PgBouncer before it.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, LazyLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
 use fencelock::postgres::driver::{Config, NoTls};
@@ -62,13 +62,26 @@ impl Way {
     }
 }
 
+#[derive(Debug)]
 struct Servers {
     postgres: PostgresServer,
     pgbouncer: PgBouncer,
 }
 
 /// One server for all trials of a process: each has a database, and advisory locks are a database's.
-static SERVERS: LazyLock<Servers> = LazyLock::new(|| {
+static SERVERS: Mutex<Option<Arc<Servers>>> = Mutex::new(None);
+
+fn servers() -> Arc<Servers> {
+    let mut servers = SERVERS.lock().unwrap_or_else(PoisonError::into_inner);
+    servers.get_or_insert_with(|| Arc::new(start_servers())).clone()
+}
+
+/// What is static isn't dropped by itself, and would leave its data behind.
+pub(super) fn stop_servers() {
+    SERVERS.lock().unwrap_or_else(PoisonError::into_inner).take();
+}
+
+fn start_servers() -> Servers {
     let postgres = PostgresServer::options().config("max_connections", "1000").start();
     let pgbouncer = PgBouncer::options(postgres.addr())
         .pool_mode("transaction")
@@ -76,7 +89,7 @@ static SERVERS: LazyLock<Servers> = LazyLock::new(|| {
         .config("max_client_conn", "2000")
         .start();
     Servers { postgres, pgbouncer }
-});
+}
 
 #[async_trait]
 impl Target for Postgres {
@@ -105,11 +118,12 @@ impl Target for Postgres {
         let way = self.way;
         let made = move || {
             let database = format!("trial{}", NUMBER.fetch_add(1, Ordering::Relaxed));
-            let Servers { postgres, pgbouncer } = &*SERVERS;
+            let servers = servers();
+            let Servers { postgres, pgbouncer } = &*servers;
             postgres.sql(&format!("CREATE DATABASE {database} OWNER {USER}"));
             let port = if way == Way::PgBouncer { pgbouncer.port() } else { postgres.port() };
             let url = format!("postgres://{USER}:{PASSWORD}@127.0.0.1:{port}/{database}");
-            Trial { way, database, url }
+            Trial { way, servers, database, url }
         };
         Box::new(tokio::task::spawn_blocking(made).await.expect("the database is made"))
     }
@@ -122,8 +136,19 @@ impl Target for Postgres {
 #[derive(Debug)]
 struct Trial {
     way: Way,
+    servers: Arc<Servers>,
     database: String,
     url: String,
+}
+
+impl Drop for Trial {
+    fn drop(&mut self) {
+        let database = &self.database;
+        let dropped = self.servers.postgres.try_sql(&format!("DROP DATABASE {database} WITH (FORCE)"));
+        if let Err(error) = dropped {
+            eprintln!("the database {database} stays until the server ends: {error}");
+        }
+    }
 }
 
 #[async_trait]
@@ -140,7 +165,7 @@ impl Harness for Trial {
 
     async fn lose(&self, name: &str) -> Loss {
         let (key, database) = (lock_key(name), self.database.clone());
-        let terminated = SERVERS.postgres.sql(&format!(
+        let terminated = self.servers.postgres.sql(&format!(
             "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_database ON pg_database.oid = database \
              WHERE locktype = 'advisory' AND datname = '{database}' AND granted AND objsubid = 1 \
              AND (classid::bigint << 32) | objid::bigint = {key}"

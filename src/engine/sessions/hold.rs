@@ -79,6 +79,7 @@ impl<S: Server> SessionHold<S> {
     pub(super) fn new(place: Place<S>) -> Self {
         let session = place.on.user().session().clone();
         let stands = session.stands();
+        place.occupied.is_on(&session);
         Self(Arc::new(Hold { session, stands, state: Mutex::new(State::Held(place)) }))
     }
 

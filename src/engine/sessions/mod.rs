@@ -100,6 +100,9 @@ pub(crate) trait Connection: Debug + Send + Sync + 'static {
     /// Breaks off the wait on another connection to the same server, if it is waiting just then.
     fn cancel(&self, waiting: &Self) -> impl Future<Output = Result<()>> + Send;
 
+    /// Whether the server has nothing to do for another connection: what that waits for is lost, if it doesn't come soon.
+    fn has_answered(&self, other: &Self) -> impl Future<Output = Result<bool>> + Send;
+
     /// Ends on the server the session of another connection, which doesn't work any more. Once this returns, nothing is
     /// held there.
     fn terminate(&self, other: &Self) -> impl Future<Output = Result<()>> + Send;

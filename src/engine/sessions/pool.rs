@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::claim::Entry;
-use super::session::{Duty, LockSession, User};
+use super::session::{DOUBT_AFTER, Duty, LockSession, User};
 use super::{Connection, ENDED, Ended, Role, Server};
 use crate::backend::{Due, Instant, OwnerId, Renewal};
 use crate::engine::backoff::Backoff;
@@ -43,7 +43,7 @@ pub(super) struct Pool<S: Server> {
     pub(super) slots: Arc<Semaphore>,
     all: Mutex<Vec<Weak<LockSession<S::Connection>>>>,
     /// What this provider holds or claims: a session would be given again what it holds.
-    occupied: Mutex<HashMap<S::Key, OwnerId>>,
+    occupied: Mutex<HashMap<S::Key, Occupant<S>>>,
     /// Claims that may have got something nobody knows of.
     pub(super) claims: Mutex<HashMap<OwnerId, Arc<Entry<S>>>>,
     pub(super) listeners: Arc<Listeners<S::Key>>,
@@ -112,7 +112,8 @@ impl<S: Server> Sessions<S> {
         let all: Vec<_> = lock(&self.0.all).iter().filter_map(Weak::upgrade).collect();
         for session in all {
             if session.end_if_unused(Loss::Closed) {
-                close(&session).await; // its warden does the rest
+                close(&session).await;
+                self.0.remove(&session);
             }
         }
     }
@@ -218,11 +219,12 @@ impl<S: Server> Pool<S> {
     /// Takes a key for a claim, unless another name or claim of this provider has it.
     pub(super) fn occupy(self: &Arc<Self>, key: &S::Key, owner: OwnerId) -> Option<Occupied<S>> {
         let mut occupied = lock(&self.occupied);
-        if occupied.contains_key(key) {
+        // On a session that has ended it isn't in anybody's way, although its guard may still be there.
+        if occupied.get(key).is_some_and(|occupant| !occupant.is_gone()) {
             return None;
         }
-        occupied.insert(key.clone(), owner);
-        Some(Occupied { pool: self.clone(), key: key.clone() })
+        occupied.insert(key.clone(), Occupant { owner, session: None });
+        Some(Occupied { pool: self.clone(), key: key.clone(), owner })
     }
 
     /// Sees to it that nothing is left on the server of a session that has ended here.
@@ -290,6 +292,25 @@ fn unavailable(message: &'static str) -> Error {
     Error::new(ErrorKind::Unavailable, message)
 }
 
+/// Whether the server has nothing to do for a session that waits for an answer. Asked twice, so that the answer isn't just
+/// on its way; when the server can't be asked either, it may be only slow, and nothing is lost yet.
+async fn answer_is_lost<S: Server>(pool: &Arc<Pool<S>>, session: &LockSession<S::Connection>) -> bool {
+    for _ in 0..2 {
+        let ask = async {
+            let helper = pool.helper(session.ttl()).await?;
+            let other = helper.user();
+            let answered = other.request(other.connection.has_answered(&session.connection)).await?;
+            helper.done();
+            Ok::<_, Error>(answered)
+        };
+        if !matches!(tokio::time::timeout(DOUBT_AFTER, ask).await, Ok(Ok(true))) {
+            return false;
+        }
+        tokio::time::sleep(DOUBT_AFTER / 4).await;
+    }
+    true
+}
+
 /// Boxed, since it may open a session itself, with a warden of its own.
 fn warden<S: Server>(
     pool: &Arc<Pool<S>>,
@@ -302,15 +323,15 @@ fn warden<S: Server>(
 /// notices its end.
 async fn watch_over<S: Server>(
     pool: Weak<Pool<S>>,
-    session: Weak<LockSession<S::Connection>>,
+    watched: Weak<LockSession<S::Connection>>,
     closed: impl Future<Output = Ended>,
 ) {
     tokio::pin!(closed);
     // The runtime may end, and the connection with it.
     let _gone = OnDrop(Some({
-        let (pool, session) = (pool.clone(), session.clone());
+        let (pool, watched) = (pool.clone(), watched.clone());
         move || {
-            if let Some(session) = session.upgrade() {
+            if let Some(session) = watched.upgrade() {
                 session.end(Ended::Somehow, ENDED);
                 if let Some(pool) = pool.upgrade() {
                     pool.remove(&session);
@@ -319,7 +340,7 @@ async fn watch_over<S: Server>(
         }
     }));
     loop {
-        let Some(session) = session.upgrade() else { return };
+        let Some(session) = watched.upgrade() else { return };
         let pool_is_closed = pool.upgrade().is_none_or(|pool| pool.closed.load(Ordering::Acquire));
         if pool_is_closed && session.end_if_unused(Loss::Closed) {
             return close(&session).await;
@@ -348,21 +369,41 @@ async fn watch_over<S: Server>(
                 }
                 continue;
             }
+            Duty::Doubt => {
+                let Some(pool) = pool.upgrade() else { continue };
+                let silent_since = session.looks();
+                tokio::select! {
+                    ended = &mut closed => {
+                        session.end(ended, ENDED);
+                        break;
+                    }
+                    lost = answer_is_lost(&pool, &session) => if lost && session.still_waits(silent_since) {
+                        session.break_off();
+                        break;
+                    }
+                }
+                continue;
+            }
             Duty::BreakOff => {
                 session.break_off();
                 break;
             }
         };
+        // Not kept from going meanwhile.
+        let changed = session.changed.clone();
+        drop(session);
         tokio::select! {
             ended = &mut closed => {
-                session.end(ended, ENDED);
+                if let Some(session) = watched.upgrade() {
+                    session.end(ended, ENDED);
+                }
                 break;
             }
-            () = session.changed() => {}
+            () = changed.notified() => {}
             () = sleep_until(look_at) => {}
         }
     }
-    let (Some(pool), Some(session)) = (pool.upgrade(), session.upgrade()) else { return };
+    let (Some(pool), Some(session)) = (pool.upgrade(), watched.upgrade()) else { return };
     pool.remove(&session);
     // Where only the way to the server is broken, what was held there would be in the way of others for a TTL.
     let (give_up_at, mut backoff) = (Instant::now() + session.ttl(), Backoff::between_retries());
@@ -416,21 +457,48 @@ impl<S: Server> Drop for Lease<S> {
     }
 }
 
+/// Who has a key, and on which session once that is known.
+struct Occupant<S: Server> {
+    owner: OwnerId,
+    session: Option<Weak<LockSession<S::Connection>>>,
+}
+
+impl<S: Server> Occupant<S> {
+    fn is_gone(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.upgrade().is_none_or(|session| session.ended().is_some()))
+    }
+}
+
 /// A key that a claim or a hold of this provider has.
 pub(super) struct Occupied<S: Server> {
     pool: Arc<Pool<S>>,
     key: S::Key,
+    owner: OwnerId,
 }
 
 impl<S: Server> Occupied<S> {
     pub(super) fn key(&self) -> &S::Key {
         &self.key
     }
+
+    /// It is occupied on this session, and only as long as that lives.
+    pub(super) fn is_on(&self, session: &Arc<LockSession<S::Connection>>) {
+        if let Some(occupant) =
+            lock(&self.pool.occupied).get_mut(&self.key).filter(|it| it.owner == self.owner)
+        {
+            occupant.session = Some(Arc::downgrade(session));
+        }
+    }
 }
 
 impl<S: Server> Drop for Occupied<S> {
     fn drop(&mut self) {
-        lock(&self.pool.occupied).remove(&self.key);
+        let mut occupied = lock(&self.pool.occupied);
+        if occupied.get(&self.key).is_some_and(|occupant| occupant.owner == self.owner) {
+            occupied.remove(&self.key);
+        }
     }
 }
 

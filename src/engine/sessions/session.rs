@@ -18,6 +18,10 @@ use crate::guard::Loss;
 /// A session on which nothing has been answered for so long gets no new claims.
 pub(super) const DOUBT_AFTER: Duration = Duration::from_secs(2);
 
+/// How often the server is asked what it does for a session on which a claim waits, or which is silent.
+const LOOK_AT_WAITS: Duration = Duration::from_secs(5);
+const LOOK_AT_SILENCE: Duration = Duration::from_secs(1);
+
 /// How long a session without a use is kept open.
 const IDLE_FOR: Duration = Duration::from_secs(30);
 
@@ -26,7 +30,8 @@ pub(super) struct LockSession<C> {
     /// Which serves the connection.
     pub(super) runtime: Handle,
     state: Mutex<State>,
-    changed: Notify,
+    /// Notified when there may be another duty for the warden.
+    pub(super) changed: Arc<Notify>,
     cancelled: Notify,
     /// That nothing of it is left on the server, once it has ended here.
     pub(super) terminated: OnceCell<()>,
@@ -46,6 +51,8 @@ struct State {
     unanswered: usize,
     /// Since when there have been some, and no answers.
     silent_since: Instant,
+    /// When the server was last asked what it does for it.
+    looked_at: Instant,
     /// Requests over other connections to cancel what is done here, which may still arrive.
     cancels: usize,
 }
@@ -55,6 +62,8 @@ pub(super) enum Duty {
     /// Nothing before then, or before the session changes.
     Look(Instant),
     Beat,
+    /// It is silent: ask the server over another one.
+    Doubt,
     /// Nobody needs it any more.
     Close,
     /// The server has not answered for a TTL.
@@ -80,13 +89,14 @@ impl<C: Connection> LockSession<C> {
             ended: None,
             unanswered: 0,
             silent_since: Instant::NEVER,
+            looked_at: Instant::now(),
             cancels: 0,
         };
         Arc::new(Self {
             connection,
             runtime: Handle::current(),
             state: Mutex::new(state),
-            changed: Notify::new(),
+            changed: Arc::default(),
             cancelled: Notify::new(),
             terminated: OnceCell::new(),
         })
@@ -198,7 +208,9 @@ impl<C: Connection> LockSession<C> {
 
     /// A claim blocks from now on, until [`stand_anew`](Self::stand_anew).
     pub(super) fn block(&self) {
-        lock(&self.state).blocked = true;
+        let mut state = lock(&self.state);
+        (state.blocked, state.looked_at) = (true, Instant::now());
+        drop(state);
         self.changed.notify_one();
     }
 
@@ -244,6 +256,7 @@ impl<C: Connection> LockSession<C> {
         let stands = state.stands.clone();
         drop(state);
         stands.end(loss);
+        self.changed.notify_one();
         true
     }
 
@@ -254,10 +267,14 @@ impl<C: Connection> LockSession<C> {
             return Duty::Over;
         }
         if state.blocked {
-            return Duty::Look(Instant::NEVER);
+            let look_at = state.looked_at + LOOK_AT_WAITS;
+            return if look_at.has_passed_at(now) { Duty::Doubt } else { Duty::Look(look_at) };
         }
         if deadline.has_passed_at(now) {
             return Duty::BreakOff;
+        }
+        if state.is_silent() && (state.looked_at + LOOK_AT_SILENCE).has_passed_at(now) {
+            return Duty::Doubt;
         }
         // The keeper sends the heartbeats of a session that holds something; others send them by themselves.
         let beat_at = deadline.before(state.ttl / 12 * 7);
@@ -274,17 +291,26 @@ impl<C: Connection> LockSession<C> {
         if beat_at.has_passed_at(now) && state.unanswered == 0 {
             return Duty::Beat;
         }
-        Duty::Look(if state.unanswered == 0 { beat_at } else { deadline })
+        Duty::Look((now + LOOK_AT_SILENCE).min(deadline))
+    }
+
+    /// The server is asked now what it does for it. Whether there is still reason to when that has been answered is to
+    /// be seen by [`still_waits`](Self::still_waits).
+    pub(super) fn looks(&self) -> Instant {
+        let mut state = lock(&self.state);
+        state.looked_at = Instant::now();
+        state.silent_since
+    }
+
+    /// Whether nothing has been answered since [`looks`](Self::looks) said so.
+    pub(super) fn still_waits(&self, silent_since: Instant) -> bool {
+        let state = lock(&self.state);
+        state.ended.is_none() && state.unanswered > 0 && state.silent_since == silent_since
     }
 
     /// Lets the warden look again.
     pub(super) fn wake_warden(&self) {
         self.changed.notify_one();
-    }
-
-    /// Resolves when there may be another duty.
-    pub(super) async fn changed(&self) {
-        self.changed.notified().await;
     }
 }
 
