@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::OnceCell;
 use tokio_postgres::Error as DriverError;
 use tokio_postgres::error::SqlState;
@@ -84,10 +85,6 @@ impl Postgres {
     /// While one connection is idle, a transaction of another one would get its session, or it another session afterwards:
     /// perhaps, if others use the pooler, too.
     async fn check_sessions(&self, client: &PgClient, pid: i32) -> Result<()> {
-        let is_swapped = async |client: &PgClient| {
-            let rows = client.rows(sql::PID, &[]).await?;
-            rows.first().map_or(Ok(0), |row| row.try_get::<_, i32>(0)).map(|now| now != pid)
-        };
         let refused = |error: DriverError| failure::of_opening(&error);
         let second = tokio::time::timeout(SECOND_CONNECTION_WITHIN, (self.connector)(Arc::default())).await;
         let second = match second {
@@ -95,27 +92,31 @@ impl Postgres {
             Ok(Err(error)) if client.hears() => return Err(error),
             Ok(Err(_)) | Err(_) => None, // a pool may have no more than one
         };
-        for _ in 0..ROUNDS {
-            if let Some(second) = &second {
-                second.is_used();
-                match second.run("BEGIN").await {
-                    // Of a pooler that doesn't even keep a session for a transaction.
-                    Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => return Err(pooled()),
-                    begun => begun.map_err(refused)?,
-                }
-                let is_ours = !is_swapped(second).await.map_err(refused)?;
-                if is_ours || is_swapped(client).await.map_err(refused)? {
-                    return Err(pooled());
-                }
-                second.run("ROLLBACK").await.map_err(refused)?;
-                second.is_clean();
-            }
-            if is_swapped(client).await.map_err(refused)? {
-                return Err(pooled());
-            }
-        }
+        // Sent without waiting for the answers, so that it takes no longer over a slow network.
+        let ours = join_all((0..2 * ROUNDS).map(|_| pid_of(client)));
+        let others = async {
+            let Some(second) = &second else { return Ok(Vec::new()) };
+            second.is_used();
+            let round = || async {
+                tokio::try_join!(second.run("BEGIN"), pid_of(second), second.run("ROLLBACK"))
+                    .map(|((), pid, ())| pid)
+            };
+            let pids = join_all((0..ROUNDS).map(|_| round())).await.into_iter().collect();
+            second.is_clean();
+            pids
+        };
+        let (ours, others) = tokio::join!(ours, others);
+        let others: Vec<i32> = match others {
+            // Of a pooler that doesn't even keep a session for a transaction.
+            Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => return Err(pooled()),
+            others => others.map_err(refused)?,
+        };
+        let ours = ours.into_iter().collect::<Result<Vec<i32>, _>>().map_err(refused)?;
         if let Some(second) = second {
             second.hand_back();
+        }
+        if others.contains(&pid) || ours.iter().any(|&now| now != pid) {
+            return Err(pooled());
         }
         Ok(())
     }
@@ -180,6 +181,11 @@ impl Postgres {
         self.prepare_sequence(client, identified.has_sequence).await?;
         Ok(identified)
     }
+}
+
+async fn pid_of(client: &PgClient) -> Result<i32, DriverError> {
+    let rows = client.rows(sql::PID, &[]).await?;
+    rows.first().map_or(Ok(0), |row| row.try_get(0))
 }
 
 fn is_made_already(error: &DriverError) -> bool {

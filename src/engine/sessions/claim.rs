@@ -24,6 +24,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// How long a cancelled wait may take to end, at each of several tries.
 const CANCEL_PATIENCE: Duration = Duration::from_millis(50);
 const CANCEL_TRIES: u32 = 5;
+const CANCEL_WITHIN: Duration = Duration::from_secs(2);
 
 /// A claim that may have something on the server.
 pub(super) struct Entry<S: Server> {
@@ -31,6 +32,8 @@ pub(super) struct Entry<S: Server> {
     changed: Notify,
     /// What keeps the place of one that waits.
     waiting: Mutex<Option<Waiting<S>>>,
+    /// Once it is being abandoned: when that is given up at the latest.
+    given_up_at: Mutex<Option<Instant>>,
 }
 
 enum Stage<S: Server> {
@@ -41,7 +44,8 @@ enum Stage<S: Server> {
     /// It waits on the server.
     Blocked {
         session: Arc<LockSession<S::Connection>>,
-        cancelled: bool,
+        /// Since when it is no longer wanted.
+        cancelled_at: Option<Instant>,
     },
     Granted(SessionHold<S>, FencingToken),
     /// Nothing, because of this.
@@ -64,12 +68,17 @@ struct Waiting<S: Server> {
 impl<S: Server> Entry<S> {
     fn new() -> Arc<Self> {
         let stage = Mutex::new(Stage::Nothing);
-        Arc::new(Self { stage, changed: Notify::new(), waiting: Mutex::default() })
+        Arc::new(Self {
+            stage,
+            changed: Notify::new(),
+            waiting: Mutex::default(),
+            given_up_at: Mutex::default(),
+        })
     }
 
-    /// Whether it ended with this session, and is still to be abandoned.
-    pub(super) fn is_broken_with(&self, session: &Arc<LockSession<S::Connection>>) -> bool {
-        matches!(&*lock(&self.stage), Stage::Broken(broken, _) if Arc::ptr_eq(broken, session))
+    /// Whether it was abandoned so long ago that nobody comes for what is left of it.
+    pub(super) fn is_given_up(&self) -> bool {
+        lock(&self.given_up_at).is_some_and(Instant::has_passed)
     }
 
     fn set(&self, stage: Stage<S>) {
@@ -158,6 +167,7 @@ impl<S: Server> Sessions<S> {
     pub(crate) async fn abandon(&self, claim: &Claim) -> Result<()> {
         let pool = &self.0;
         let Some(entry) = lock(&pool.claims).get(&claim.owner).cloned() else { return Ok(()) };
+        lock(&entry.given_up_at).get_or_insert_with(|| Instant::now() + claim.ttl * 2);
         self.clear_up(claim, &entry).await?;
         let waiting = lock(&entry.waiting).take();
         withdraw(waiting).await;
@@ -169,7 +179,7 @@ impl<S: Server> Sessions<S> {
     async fn clear_up(&self, claim: &Claim, entry: &Arc<Entry<S>>) -> Result<()> {
         enum Step<S: Server> {
             Await(Arc<LockSession<S::Connection>>),
-            Cancel(Arc<LockSession<S::Connection>>),
+            Cancel(Arc<LockSession<S::Connection>>, Instant),
             Release(SessionHold<S>),
             Terminate(Arc<LockSession<S::Connection>>),
         }
@@ -179,9 +189,9 @@ impl<S: Server> Sessions<S> {
             let step = match &mut *lock(&entry.stage) {
                 Stage::Nothing | Stage::Failed(_) => return Ok(()),
                 Stage::Asking(session) => Step::Await(session.clone()),
-                Stage::Blocked { session, cancelled } => {
-                    *cancelled = true;
-                    Step::Cancel(session.clone())
+                Stage::Blocked { session, cancelled_at } => {
+                    let since = *cancelled_at.get_or_insert_with(Instant::now);
+                    Step::Cancel(session.clone(), since)
                 }
                 Stage::Granted(hold, _) => Step::Release(hold.clone()),
                 Stage::Broken(session, _) => Step::Terminate(session.clone()),
@@ -195,10 +205,13 @@ impl<S: Server> Sessions<S> {
                         entry.set(Stage::Broken(session, stopped()));
                     }
                 }
-                Step::Cancel(session) => self.cancel(claim.ttl, &session, entry).await,
+                Step::Cancel(session, since) => self.cancel(claim.ttl, &session, since, entry).await,
                 Step::Release(hold) => {
-                    hold.release(self).await?;
-                    entry.set(Stage::Nothing);
+                    match hold.release(self).await {
+                        // It was lost, and is free.
+                        Err(error) if error.kind() != ErrorKind::Lost => return Err(error),
+                        Ok(_) | Err(_) => entry.set(Stage::Nothing),
+                    }
                 }
                 Step::Terminate(session) => {
                     self.0.terminate(&session).await?;
@@ -209,8 +222,18 @@ impl<S: Server> Sessions<S> {
     }
 
     /// Breaks off the wait of a claim. It has come to something when this returns.
-    async fn cancel(&self, ttl: Duration, session: &Arc<LockSession<S::Connection>>, entry: &Entry<S>) {
+    async fn cancel(
+        &self,
+        ttl: Duration,
+        session: &Arc<LockSession<S::Connection>>,
+        since: Instant,
+        entry: &Entry<S>,
+    ) {
         for tries in 0..CANCEL_TRIES {
+            // Each call may be dropped and be followed by another.
+            if since.elapsed() > CANCEL_WITHIN {
+                break;
+            }
             let mut changed = std::pin::pin!(entry.changed.notified());
             changed.as_mut().enable();
             if !matches!(&*lock(&entry.stage), Stage::Blocked { .. }) {
@@ -273,6 +296,12 @@ type Got<S> = Option<(SessionHold<S>, FencingToken)>;
 impl<S: Server> Pool<S> {
     fn note(&self, owner: OwnerId, entry: &Arc<Entry<S>>) {
         lock(&self.claims).entry(owner).or_insert_with(|| entry.clone());
+    }
+
+    /// Forgets claims that nobody will abandon any more. What they hold is unlocked with that.
+    pub(super) fn sweep(&self) {
+        let given_up: Vec<_> = lock(&self.claims).extract_if(|_, entry| entry.is_given_up()).collect();
+        drop(given_up); // with the map unlocked
     }
 
     fn forget(&self, owner: OwnerId) {
@@ -415,7 +444,7 @@ impl<S: Server> Pool<S> {
             Err(error) => return Err(self.fails(claim, entry, error).await),
         };
         let session = lease.user().session().clone();
-        entry.set(Stage::Blocked { session: session.clone(), cancelled: false });
+        entry.set(Stage::Blocked { session: session.clone(), cancelled_at: None });
         let wait = wait_for_grant(lease, occupied, claim.ttl, entry.clone());
         let carried = Carried::new(&session.runtime, wait);
         // In time or not: what it has come to is in the entry.
@@ -539,7 +568,7 @@ async fn wait_for_grant<S: Server>(
         // Nobody knows how long it would stand. Nothing is held on it, and the lease throws it away.
         return under_way.comes_to(Stage::Failed(not_asked(error)));
     }
-    let cancelled = || matches!(&*lock(&entry.stage), Stage::Blocked { cancelled: true, .. });
+    let cancelled = || matches!(&*lock(&entry.stage), Stage::Blocked { cancelled_at: Some(_), .. });
     user.block();
     let sent = Instant::now();
     let mut answer = user.request(user.connection.lock(occupied.key())).await;

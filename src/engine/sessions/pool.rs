@@ -341,7 +341,10 @@ async fn watch_over<S: Server>(
     }));
     loop {
         let Some(session) = watched.upgrade() else { return };
-        let pool_is_closed = pool.upgrade().is_none_or(|pool| pool.closed.load(Ordering::Acquire));
+        let pool_is_closed = pool.upgrade().is_none_or(|pool| {
+            pool.sweep();
+            pool.closed.load(Ordering::Acquire)
+        });
         if pool_is_closed && session.end_if_unused(Loss::Closed) {
             return close(&session).await;
         }
@@ -385,7 +388,8 @@ async fn watch_over<S: Server>(
                 continue;
             }
             Duty::BreakOff => {
-                session.break_off();
+                session.end(Ended::Somehow, Loss::Expired);
+                session.connection.break_off();
                 break;
             }
         };
@@ -410,8 +414,6 @@ async fn watch_over<S: Server>(
     while pool.terminate(&session).await.is_err() && !give_up_at.has_passed() {
         tokio::time::sleep(backoff.next()).await;
     }
-    // By now nothing of it can be left.
-    lock(&pool.claims).retain(|_, claim| !claim.is_broken_with(&session));
 }
 
 async fn sleep_until(at: Instant) {

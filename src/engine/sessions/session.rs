@@ -127,7 +127,11 @@ impl<C: Connection> LockSession<C> {
             return None;
         }
         state.users += 1;
+        let first = state.users == 1;
         drop(state);
+        if first {
+            self.changed.notify_one(); // the warden has slept as long as an idle session allows
+        }
         Some(User(self.clone()))
     }
 

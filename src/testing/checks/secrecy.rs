@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Metadata, Subscriber, subscriber};
+use tracing::{Dispatch, Event, Metadata, Subscriber, subscriber};
 
 use crate::testing::Subject;
 use crate::testing::steps::{ok, on_thread, within};
@@ -17,6 +17,8 @@ pub async fn nothing_secret_is_shown(subject: Subject) {
     let secrets = subject.harness().secrets();
     let shown = on_thread(move || {
         let shown = Shown::default();
+        // With a single dispatcher, what another thread happens to be the first to trace would count as wanted by nobody.
+        let _another = Dispatch::new(shown.clone());
         let _traced = subscriber::set_default(shown.clone());
         // On this thread alone, whose traces are recorded.
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
