@@ -262,3 +262,27 @@ async fn tasks_in_one_another_s_way_lose_no_update() {
         task.await.unwrap();
     }
 }
+
+/// The only waiter has left and its driver doesn't know yet: a try waits for what comes of that. When somebody joins the
+/// driver instead, it is busy.
+#[tokio::test(start_paused = true)]
+async fn a_try_does_not_wait_for_those_who_came_after_it() {
+    let server = Faulty::default();
+    let held = server.provider().create_lock("x").acquire().await.unwrap();
+    let provider = server.provider();
+    let lock = provider.create_lock("x");
+    assert!(lock.try_acquire_for(ms(50)).await.unwrap().is_none());
+    // Nothing else has run since: the driver is still there.
+    let (mut tried, acquired) = (lock.try_acquire(), lock.acquire());
+    tokio::pin!(acquired);
+    let busy = tokio::time::timeout(secs(1), async {
+        tokio::select! {
+            biased;
+            tried = &mut tried => tried,
+            _ = &mut acquired => panic!("it is held"),
+        }
+    });
+    assert!(busy.await.expect("at once").unwrap().is_none());
+    held.release().await.unwrap();
+    drop(acquired.await.unwrap());
+}

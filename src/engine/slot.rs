@@ -146,6 +146,8 @@ impl<B: Backend> Slot<B> {
     pub(super) fn enqueue(&mut self, waiter: Waiter) {
         let place = self.waiters.partition_point(|other| other.number < waiter.number);
         self.waiters.insert(place, waiter);
+        // A try that watches what is under way comes after this one: it finds the lock busy.
+        self.notify();
     }
 
     /// What is to be done now that nothing is under way and nobody holds the lock.

@@ -82,7 +82,6 @@ struct State {
     asked: Vec<(u64, Ask)>,
     opened: usize,
     wrong: Vec<String>,
-    is_troubled: bool,
     latency: Duration,
 }
 
@@ -269,7 +268,6 @@ impl Fake {
             asked: Vec::new(),
             opened: 0,
             wrong: Vec::new(),
-            is_troubled: troubles.refused > 0,
             latency: Duration::from_millis(1),
         })))
     }
@@ -701,9 +699,7 @@ async fn eventually(what: &str, holds: impl Fn() -> bool) {
 async fn comes_to_rest(fake: &Arc<Fake>, providers: &[Provider<Locks>], names: &[&str]) {
     for provider in providers {
         let Locks { sessions, own } = provider.backend();
-        // Of a claim whose session has ended something may be left, until that is mended.
-        let may_be_left = fake.state(|state| state.is_troubled);
-        eventually("no claim is left", || may_be_left || lock(&sessions.0.claims).is_empty()).await;
+        eventually("no claim is left", || lock(&sessions.0.claims).is_empty()).await;
         eventually("all slots are back", || sessions.0.slots.available_permits() == *own).await;
         for name in names {
             let owner = claim_of(name).owner;
@@ -1094,4 +1090,20 @@ fn many_at_once_while_much_goes_wrong() {
             std::panic::resume_unwind(panic);
         }
     }
+}
+
+/// With its session the grant of a claim that was broken off is gone.
+#[tokio::test(start_paused = true)]
+async fn a_grant_whose_session_has_ended_is_soon_abandoned() {
+    let fake = Fake::reliable();
+    fake.state(|state| state.latency = Duration::from_millis(50));
+    let sessions = sessions(&fake, 1, true);
+    let (claim, key) = (claim_of("a"), "a".to_owned());
+    drop(timeout(Duration::from_millis(10), sessions.try_claim(&claim, &key, Duration::ZERO)).await);
+    eventually("it is granted", || fake.is_held("a")).await;
+    sleep(Duration::from_millis(5)).await;
+    fake.state(|state| state.end(1, Ended::ByServer));
+    sleep(Duration::from_millis(5)).await;
+    timeout(TTL, sessions.abandon(&claim)).await.expect("at once").unwrap();
+    assert!(lock(&sessions.0.claims).is_empty());
 }
