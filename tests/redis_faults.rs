@@ -15,11 +15,10 @@ use fencelock::redis::{RedisLocks, lock_key};
 use fencelock::{ErrorKind, FencingGate, LockOptions, LockProvider, Loss, Provider};
 use servers::holder::{Holder, Step};
 use servers::left_out;
-use servers::locks::{
-    SLACK, granted, pttl, renewed, report, take, until_free, until_listening, until_queued, waits, within,
-};
+use servers::locks::{SLACK, granted, report, take, waits, within};
 use servers::proxy::Proxy;
 use servers::redis::RedisServer;
+use servers::redis_locks::{pttl, renewed, until_free, until_listening, until_queued};
 use tokio::task::JoinSet;
 
 type Locks = Provider<RedisLocks>;

@@ -14,11 +14,10 @@ use fencelock::redis::{Redlock, lock_key};
 use fencelock::{ErrorKind, LockOptions, LockProvider, Loss, Provider};
 use servers::holder::{Holder, Step};
 use servers::left_out;
-use servers::locks::{
-    SLACK, granted, pttl, renewed, report, take, until, until_free, until_queued_on, waits, within,
-};
+use servers::locks::{SLACK, granted, report, take, waits, within};
 use servers::proxy::Proxy;
 use servers::redis::{RedisOptions, RedisServer};
+use servers::redis_locks::{pttl, renewed, until, until_free, until_queued_on};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 

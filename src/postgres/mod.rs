@@ -205,7 +205,7 @@ impl PostgresLocks {
     /// Locks on connections of the application's own: boxed clients, or those of a pool.
     ///
     /// Each connection is kept for as long as the provider needs it. It is dropped, which gives it back to a pool, once nothing
-    /// is held on it and the settings of its session are those that a new one has; one of which that can't be said is only dropped once
+    /// is held on it and the settings of its session are what they were; one of which that can't be said is only dropped once
     /// it is closed, which the provider has the server do.
     ///
     /// The application drives the connections, so releases are not heard on them: who waits without a session of its own looks

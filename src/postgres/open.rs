@@ -134,12 +134,11 @@ impl Postgres {
                 Ok(()) => {}
                 // Somebody else was faster.
                 Err(error) if is_made_already(&error) => {}
-                Err(error)
-                    if matches!(
-                        error.code(),
-                        Some(&SqlState::INSUFFICIENT_PRIVILEGE | &SqlState::INVALID_SCHEMA_NAME)
-                    ) =>
-                {
+                Err(error) if error.code() == Some(&SqlState::INVALID_SCHEMA_NAME) => {
+                    let message = format!("there is no schema for the sequence of fencing tokens, {name}");
+                    return Err(Error::new(ErrorKind::Config, message));
+                }
+                Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {
                     let ddl = self.sequence.ddl();
                     let message = format!(
                         "the sequence of fencing tokens is missing, and this user can't make it. Let somebody run, once: \
@@ -224,7 +223,8 @@ impl Server for Postgres {
             return Err(Error::new(ErrorKind::Unsupported, NO_EXPIRY));
         }
         self.checked.get_or_try_init(|| self.check_sessions(&client, identity.pid)).await?;
-        let settings = Settings { role, expires: !self.without_expiry };
+        let before = as_found(&client).await.map_err(|error| failure::of_opening(&error))?;
+        let settings = Settings { role, expires: !self.without_expiry, before };
         client.is_used();
         let set = async {
             settings.apply(&client, ttl).await?;
@@ -248,10 +248,12 @@ impl fmt::Debug for Postgres {
 }
 
 /// How a session is set. What a version of PostgreSQL hasn't got is left out.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Settings {
     role: Role,
     expires: bool,
+    /// How a connection of the application's was set.
+    before: Vec<(String, String)>,
 }
 
 impl Settings {
@@ -310,23 +312,37 @@ impl Settings {
 
     /// Undoes all that a session of ours changes.
     async fn undo(&self, client: &PgClient) -> Result<(), DriverError> {
-        client
-            .run(
-                "SELECT pg_advisory_unlock_all(); UNLISTEN *; RESET statement_timeout; RESET lock_timeout; \
-                 RESET synchronous_commit; RESET default_transaction_isolation; RESET default_transaction_read_only; \
-                 RESET client_min_messages; RESET tcp_keepalives_idle; RESET tcp_keepalives_interval; \
-                 RESET tcp_keepalives_count",
-            )
-            .await?;
-        // Not every version has these.
-        client
-            .run(
-                "DO $$ DECLARE setting text; BEGIN FOR setting IN SELECT name FROM pg_settings WHERE name IN \
-                 ('idle_session_timeout', 'transaction_timeout', 'tcp_user_timeout', 'client_connection_check_interval') \
-                 LOOP EXECUTE 'RESET ' || setting; END LOOP; END $$",
-            )
-            .await
+        client.run("SELECT pg_advisory_unlock_all()").await?;
+        let before: Vec<_> =
+            self.before.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        set(client, &before).await
     }
+}
+
+/// The settings that [`Settings`] changes.
+const CHANGED: [&str; 13] = [
+    "idle_session_timeout",
+    "statement_timeout",
+    "lock_timeout",
+    "transaction_timeout",
+    "synchronous_commit",
+    "default_transaction_isolation",
+    "default_transaction_read_only",
+    "client_min_messages",
+    "tcp_keepalives_idle",
+    "tcp_keepalives_interval",
+    "tcp_keepalives_count",
+    "tcp_user_timeout",
+    "client_connection_check_interval",
+];
+
+/// How they are now on a connection of the application's.
+async fn as_found(client: &PgClient) -> Result<Vec<(String, String)>, DriverError> {
+    if client.hears() {
+        return Ok(Vec::new()); // it is ours, and won't be used for anything else
+    }
+    let rows = client.rows(sql::AS_FOUND, &[(&CHANGED.as_slice(), Type::TEXT_ARRAY)]).await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
 }
 
 async fn set(client: &PgClient, settings: &[(&str, &str)]) -> Result<(), DriverError> {

@@ -98,6 +98,10 @@ pub(super) const CHECK_SEQUENCE: &str = "SELECT seqincrement = 1 AND seqcache = 
 pub(super) const SET: &str = "SELECT set_config(name, value, false) \
      FROM unnest($1::text[], $2::text[]) AS wanted (name, value) JOIN pg_settings USING (name)";
 
+/// How those of the settings `$1` are that this version has.
+pub(super) const AS_FOUND: &str =
+    "SELECT name, current_setting(name) FROM pg_settings WHERE name = ANY ($1::text[])";
+
 pub(super) const PID: &str = "SELECT pg_backend_pid()";
 
 /// Whether a session, `$1` by its process and `$2` by its beginning, is still there.

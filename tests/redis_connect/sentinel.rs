@@ -6,8 +6,9 @@ use fencelock::redis::{RedisLocks, lock_key};
 use fencelock::{ErrorKind, LockProvider};
 
 use super::common::secs;
-use super::servers::locks::{renewed, within};
+use super::servers::locks::within;
 use super::servers::redis::RedisServer;
+use super::servers::redis_locks::renewed;
 use super::servers::{free_port, left_out, wait_until};
 use super::{
     PASSWORD, assert_no_secret, built, connected, encoded, everything, granted, is_free, refused,

@@ -12,12 +12,15 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub(crate) mod holder;
-#[cfg(feature = "redis")]
 pub(crate) mod locks;
 pub(crate) mod pgbouncer;
 pub(crate) mod postgres;
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres_locks;
 pub(crate) mod proxy;
 pub(crate) mod redis;
+#[cfg(feature = "redis")]
+pub(crate) mod redis_locks;
 mod resp;
 
 use std::fs::{self, File};

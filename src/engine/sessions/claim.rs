@@ -255,7 +255,6 @@ impl<S: Server> Sessions<S> {
                         waiting.break_off(); // it may arrive at any time
                     }
                     drop(ends);
-                    helper.done();
                     cancelled
                 })
                 .await
@@ -319,7 +318,7 @@ impl<S: Server> Pool<S> {
         let on = if self.server.shares() {
             On::Shared(self.shared(claim.ttl).await?)
         } else {
-            On::Own(self.own(claim.ttl, None).await?)
+            On::Own(self.own(claim.ttl, None).await?.in_use())
         };
         let session = on.user().session().clone();
         entry.set(Stage::Asking(session.clone()));
@@ -440,7 +439,7 @@ impl<S: Server> Pool<S> {
         until: Instant,
     ) -> Result<()> {
         let lease = match self.own(claim.ttl, Some(slot)).await {
-            Ok(lease) => lease,
+            Ok(lease) => lease.in_use(),
             Err(error) => return Err(self.fails(claim, entry, error).await),
         };
         let session = lease.user().session().clone();

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::claim::Entry;
 use super::session::{DOUBT_AFTER, Duty, LockSession, User};
@@ -183,13 +183,22 @@ impl<S: Server> Pool<S> {
             };
             let Some(session) = idle else { break };
             if let Some(user) = session.enter() {
-                return Ok(Lease { user, pool: self.clone(), slot, given_back: false });
+                return Ok(Lease { user, pool: self.clone(), slot, is_free: true });
             }
         }
-        let open = tokio::time::timeout(OPEN_TIMEOUT, self.open(Role::Own, ttl));
-        let session = open.await.unwrap_or_else(|_| Err(unavailable("the server doesn't answer")))?;
-        let user = session.enter().ok_or_else(|| unavailable("the session ended at once"))?;
-        Ok(Lease { user, pool: self.clone(), slot, given_back: false })
+        // In a task, with the slot: whoever gives up waiting leaves a session to the next one, and not another one to open.
+        let (opened, taken) = oneshot::channel();
+        let pool = self.clone();
+        tokio::spawn(async move {
+            let open = tokio::time::timeout(OPEN_TIMEOUT, pool.open(Role::Own, ttl)).await;
+            let session = open.unwrap_or_else(|_| Err(unavailable("the server doesn't answer")));
+            let lease = session.and_then(|session| {
+                let user = session.enter().ok_or_else(|| unavailable("the session ended at once"))?;
+                Ok(Lease { user, pool, slot, is_free: true })
+            });
+            drop(opened.send(lease)); // one that isn't taken is free for others
+        });
+        taken.await.unwrap_or_else(|_| Err(unavailable("the runtime is shutting down")))
     }
 
     async fn open(self: &Arc<Self>, role: Role, ttl: Duration) -> Result<Arc<LockSession<S::Connection>>> {
@@ -236,7 +245,6 @@ impl<S: Server> Pool<S> {
             let helper = self.helper(session.ttl()).await?;
             let other = helper.user();
             other.request(other.connection.terminate(&session.connection)).await?;
-            helper.done();
             Ok(())
         };
         session.terminated.get_or_try_init(terminate).await.map(drop)
@@ -263,12 +271,6 @@ impl<S: Server> Helper<S> {
         match self {
             Self::Shared(user) => user,
             Self::Own(lease) => lease.user(),
-        }
-    }
-
-    pub(super) fn done(self) {
-        if let Self::Own(lease) = self {
-            lease.give_back();
         }
     }
 }
@@ -300,7 +302,6 @@ async fn answer_is_lost<S: Server>(pool: &Arc<Pool<S>>, session: &LockSession<S:
             let helper = pool.helper(session.ttl()).await?;
             let other = helper.user();
             let answered = other.request(other.connection.has_answered(&session.connection)).await?;
-            helper.done();
             Ok::<_, Error>(answered)
         };
         if !matches!(tokio::time::timeout(DOUBT_AFTER, ask).await, Ok(Ok(true))) {
@@ -429,12 +430,13 @@ impl<S: Server> fmt::Debug for Sessions<S> {
     }
 }
 
-/// A session that one claim has for itself. Unless it is given back, it is thrown away.
+/// A session that one claim has for itself. Once it is in use, it is thrown away unless it is given back.
 pub(super) struct Lease<S: Server> {
     user: User<S::Connection>,
     pool: Arc<Pool<S>>,
     slot: Option<OwnedSemaphorePermit>,
-    given_back: bool,
+    /// Nothing is held on it.
+    is_free: bool,
 }
 
 impl<S: Server> Lease<S> {
@@ -442,15 +444,21 @@ impl<S: Server> Lease<S> {
         &self.user
     }
 
+    /// From now on something may be held on it.
+    pub(super) fn in_use(mut self) -> Self {
+        self.is_free = false;
+        self
+    }
+
     /// Nothing is held on it any more.
     pub(super) fn give_back(mut self) {
-        self.given_back = true;
+        self.is_free = true;
     }
 }
 
 impl<S: Server> Drop for Lease<S> {
     fn drop(&mut self) {
-        if self.given_back && self.user.ended().is_none() {
+        if self.is_free && self.user.ended().is_none() {
             lock(&self.pool.idle).push(self.user.session().clone());
         } else {
             self.user.break_off();
