@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, Client, Connection, Error as DriverError, Row, Statement};
 
@@ -42,16 +43,31 @@ pub(super) struct PgClient {
 
 struct End {
     known: OnceLock<Ended>,
+    /// Why the server has ended it.
+    reason: OnceLock<SqlState>,
     gone: watch::Receiver<()>,
     broken_off: AtomicBool,
+    disowned: AtomicBool,
     /// Nothing is held or changed on it any more.
     clean: AtomicBool,
 }
 
 impl End {
     fn new(gone: watch::Receiver<()>) -> Arc<Self> {
-        let (broken_off, clean) = (AtomicBool::new(false), AtomicBool::new(true));
-        Arc::new(Self { known: OnceLock::new(), gone, broken_off, clean })
+        Arc::new(Self {
+            known: OnceLock::new(),
+            reason: OnceLock::new(),
+            gone,
+            broken_off: AtomicBool::new(false),
+            disowned: AtomicBool::new(false),
+            clean: AtomicBool::new(true),
+        })
+    }
+
+    /// The server has said that it ends the session. The connection and a request may both hear of it.
+    fn by_server(&self, reason: &DriverError) {
+        let _ = self.reason.set(reason.code().cloned().unwrap_or(SqlState::INTERNAL_ERROR));
+        let _ = self.known.set(Ended::ByServer);
     }
 }
 
@@ -72,8 +88,10 @@ impl PgClient {
             let end = end.clone();
             async move {
                 let _running = running; // dropped at the end, also with the runtime
-                if drive(connection, &listeners).await.is_err_and(|error| failure::is_fatal(&error)) {
-                    let _ = end.known.set(Ended::ByServer); // a request may have heard it before
+                if let Err(error) = drive(connection, &listeners).await
+                    && failure::is_fatal(&error)
+                {
+                    end.by_server(&error);
                 }
             }
         });
@@ -131,12 +149,20 @@ impl PgClient {
     }
 
     async fn heed<T>(&self, answer: Result<T, DriverError>) -> Result<T, DriverError> {
-        if answer.as_ref().is_err_and(failure::is_fatal) {
-            let _ = self.end.known.set(Ended::ByServer); // the connection's end may have told it before
+        let refused = answer.as_ref().err().and_then(DriverError::as_db_error);
+        if refused.is_some_and(failure::is_swapped) {
+            self.disown();
+        } else if let Some(error) = answer.as_ref().err().filter(|error| failure::is_fatal(error)) {
+            self.end.by_server(error);
         } else if self.task.is_some() && answer.as_ref().is_err_and(DriverError::is_closed) {
             let _ = self.end.gone.clone().changed().await; // then it is known how it ended
         }
         answer
+    }
+
+    /// Why the server has ended it, if it has.
+    pub(super) fn reason(&self) -> Option<&SqlState> {
+        self.end.reason.get()
     }
 
     pub(super) fn is_over(&self) -> Option<Ended> {
@@ -178,6 +204,17 @@ impl PgClient {
     pub(super) fn hand_back(&self) {
         self.is_clean();
         self.break_off();
+    }
+
+    /// Closes it: a pooler has put us on another session, and ours may serve somebody else by now.
+    pub(super) fn disown(&self) {
+        self.end.disowned.store(true, Ordering::Release);
+        self.break_off();
+    }
+
+    /// Whether its session may serve somebody else.
+    pub(super) fn is_disowned(&self) -> bool {
+        self.end.disowned.load(Ordering::Acquire)
     }
 
     pub(super) fn break_off(&self) {

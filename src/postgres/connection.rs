@@ -173,16 +173,18 @@ impl PgConnection {
         }
     }
 
+    /// A pooler has put us on another session. Ours may be somebody else's by now, and is left alone.
+    fn swapped(&self) -> Error {
+        self.client.disown();
+        pooled()
+    }
+
     async fn about(&self, statement: &str, other: &Self) -> Result<bool> {
         let Identity { pid, began, .. } = &other.identity;
         let rows = self.client.rows(statement, &[(pid, Type::INT4), (began, Type::INT8)]).await;
         let rows = rows.map_err(|error| self.client.failed(&error))?;
         rows.first().map_or(Ok(false), |row| row.try_get(0)).map_err(|error| self.client.failed(&error))
     }
-}
-
-fn swapped() -> Error {
-    Error::new(ErrorKind::Unknown, "the session has been swapped for another").with_source(pooled())
 }
 
 pub(super) fn to_token(drawn: i64) -> Result<FencingToken> {
@@ -219,7 +221,7 @@ impl Connection for PgConnection {
         let statement = if fresh { &statements.try_lock_again } else { &statements.try_lock };
         let drawn = match self.value::<Option<i64>>(statement, Some(key), &[]).await {
             Ok(None) => return Ok(None),
-            Ok(Some(sql::SWAPPED)) => return Err(swapped()),
+            Ok(Some(sql::SWAPPED)) => return Err(self.swapped()),
             Ok(Some(drawn)) => to_token(drawn),
             Err(error) => Err(error),
         };
@@ -235,7 +237,7 @@ impl Connection for PgConnection {
     async fn lock(&self, key: &AdvisoryKey) -> Result<FencingToken> {
         let statement = &self.statements(key).await?.lock;
         match self.value(statement, Some(key), &[]).await? {
-            sql::SWAPPED => Err(swapped()),
+            sql::SWAPPED => Err(self.swapped()),
             drawn => to_token(drawn),
         }
     }
@@ -270,7 +272,7 @@ impl Connection for PgConnection {
         if pid == self.identity.pid {
             return Ok(());
         }
-        Err(swapped())
+        Err(self.swapped())
     }
 
     async fn set_ttl(&self, ttl: Duration) -> Result<()> {
@@ -299,6 +301,14 @@ impl Connection for PgConnection {
     }
 
     async fn terminate(&self, other: &Self) -> Result<()> {
+        if other.client.is_disowned() {
+            // What we had locked there must not stay; but nobody's transaction shall be broken off for it.
+            return until(|| async {
+                self.about(sql::TERMINATE_IF_IDLE, other).await?;
+                self.about(sql::IS_THERE, other).await.map(|is_there| !is_there)
+            })
+            .await;
+        }
         self.about(sql::TERMINATE, other).await?;
         until(|| async { self.about(sql::IS_THERE, other).await.map(|is_there| !is_there) }).await
     }

@@ -9,9 +9,10 @@ use crate::error::{Error, ErrorKind};
 
 /// Whether the server has said that it ends the session.
 pub(super) fn is_fatal(error: &DriverError) -> bool {
-    error
-        .as_db_error()
-        .is_some_and(|error| matches!(error.parsed_severity(), Some(Severity::Fatal | Severity::Panic)))
+    error.as_db_error().is_some_and(|error| match error.parsed_severity() {
+        Some(severity) => matches!(severity, Severity::Fatal | Severity::Panic),
+        None => error.severity() == "FATAL", // PgBouncer says it in one way only
+    })
 }
 
 /// Whether a statement was cancelled, by a request or by a time limit.
@@ -64,6 +65,11 @@ fn text(error: &DriverError) -> String {
 
 pub(super) const NO_TABLE: &str = "PostgreSQL has no room for another lock: raise max_locks_per_transaction";
 
+/// Whether statements are missing, or there, that only another session could have or lack.
+pub(super) fn is_swapped(error: &DbError) -> bool {
+    [SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT].contains(error.code())
+}
+
 fn refusal(error: &DbError) -> Option<(ErrorKind, &'static str)> {
     let code = error.code();
     let of = |states: &[SqlState]| states.contains(code);
@@ -97,7 +103,7 @@ fn refusal(error: &DbError) -> Option<(ErrorKind, &'static str)> {
     if of(&[SqlState::UNDEFINED_TABLE, SqlState::UNDEFINED_OBJECT]) {
         return Some((ErrorKind::Config, "the sequence of fencing tokens is gone"));
     }
-    if of(&[SqlState::INVALID_SQL_STATEMENT_NAME, SqlState::DUPLICATE_PSTATEMENT]) {
+    if is_swapped(error) {
         return Some((ErrorKind::Unsupported, POOLED));
     }
     if of(&[SqlState::DISK_FULL]) {

@@ -85,18 +85,32 @@ impl Postgres {
     /// While one connection is idle, a transaction of another one would get its session, or it another session afterwards:
     /// perhaps, if others use the pooler, too.
     async fn check_sessions(&self, client: &PgClient, pid: i32) -> Result<()> {
-        let refused = |error: DriverError| failure::of_opening(&error);
         let second = tokio::time::timeout(SECOND_CONNECTION_WITHIN, (self.connector)(Arc::default())).await;
         let second = match second {
             Ok(Ok(second)) => Some(second),
             Ok(Err(error)) if client.hears() => return Err(error),
             Ok(Err(_)) | Err(_) => None, // a pool may have no more than one
         };
-        // Sent without waiting for the answers, so that it takes no longer over a slow network.
+        // A pooler that doesn't even keep a session for a transaction ends the connection.
+        let allows_none =
+            || second.as_ref().and_then(PgClient::reason) == Some(&SqlState::PROTOCOL_VIOLATION);
+        let refused = |error| if allows_none() { pooled() } else { failure::of_opening(&error) };
+        // One that is idle gives its session to the next who begins.
+        if let Some(second) = &second {
+            second.is_used();
+            // By itself: what a connection that is being ended hasn't read yet can cost it the reason.
+            second.run("BEGIN").await.map_err(refused)?;
+            if pid_of(second).await.map_err(refused)? == pid || pid_of(client).await.map_err(refused)? != pid
+            {
+                return Err(pooled()); // and the second one is closed
+            }
+            second.run("ROLLBACK").await.map_err(refused)?;
+        }
+        // While others use the pooler, too, it is a matter of chance. Sent without waiting for the answers, so that it
+        // takes no longer over a slow network.
         let ours = join_all((0..2 * ROUNDS).map(|_| pid_of(client)));
         let others = async {
             let Some(second) = &second else { return Ok(Vec::new()) };
-            second.is_used();
             let round = || async {
                 tokio::try_join!(second.run("BEGIN"), pid_of(second), second.run("ROLLBACK"))
                     .map(|((), pid, ())| pid)
@@ -106,13 +120,9 @@ impl Postgres {
             pids
         };
         let (ours, others) = tokio::join!(ours, others);
-        let others: Vec<i32> = match others {
-            // Of a pooler that doesn't even keep a session for a transaction.
-            Err(error) if error.code() == Some(&SqlState::PROTOCOL_VIOLATION) => return Err(pooled()),
-            others => others.map_err(refused)?,
-        };
+        let others: Vec<i32> = others.map_err(refused)?;
         let ours = ours.into_iter().collect::<Result<Vec<i32>, _>>().map_err(refused)?;
-        if let Some(second) = second {
+        if let Some(second) = &second {
             second.hand_back();
         }
         if others.contains(&pid) || ours.iter().any(|&now| now != pid) {
@@ -122,13 +132,13 @@ impl Postgres {
     }
 
     /// Makes the sequence if it is missing and this user may, and says what is wrong with it.
-    async fn prepare_sequence(&self, client: &PgClient, exists: bool) -> Result<()> {
+    pub(super) async fn prepare_sequence(&self, client: &PgClient, found: &Identified) -> Result<()> {
         let name = self.sequence.quoted();
-        if !exists {
+        if !found.has_sequence {
             // Also where the user's transactions are read-only unless they say otherwise.
             let made = client.run(&format!("BEGIN READ WRITE; {}; COMMIT", self.sequence.ddl())).await;
             if made.is_err() {
-                client.run("ROLLBACK").await.map_err(|error| failure::of_opening(&error))?;
+                let _ = client.run("ROLLBACK").await; // without a connection the next request fails
             }
             match made {
                 Ok(()) => {}
@@ -168,7 +178,7 @@ impl Postgres {
         }
     }
 
-    /// What a session is and finds, with all that has to be right before it is used.
+    /// What a session is and finds, if it is one to lock on.
     pub(super) async fn introduce(&self, client: &PgClient) -> Result<Identified> {
         let identified = self.identify(client).await?;
         if identified.version < OLDEST {
@@ -177,7 +187,6 @@ impl Postgres {
         if identified.is_standby {
             return Err(Error::new(ErrorKind::Unavailable, failure::READ_ONLY));
         }
-        self.prepare_sequence(client, identified.has_sequence).await?;
         Ok(identified)
     }
 }
@@ -223,6 +232,7 @@ impl Server for Postgres {
             return Err(Error::new(ErrorKind::Unsupported, NO_EXPIRY));
         }
         self.checked.get_or_try_init(|| self.check_sessions(&client, identity.pid)).await?;
+        self.prepare_sequence(&client, &identified).await?;
         let before = as_found(&client).await.map_err(|error| failure::of_opening(&error))?;
         let settings = Settings { role, expires: !self.without_expiry, before };
         client.is_used();

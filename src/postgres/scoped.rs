@@ -37,7 +37,8 @@ impl Server for ScopedPostgres {
         listeners: &Arc<Listeners<AdvisoryKey>>,
     ) -> Result<ScopedConnection> {
         let client = (self.0.connector)(listeners.clone()).await?;
-        self.0.introduce(&client).await?;
+        let found = self.0.introduce(&client).await?;
+        self.0.prepare_sequence(&client, &found).await?;
         let drawer = (self.0.connector)(Arc::default()).await?;
         // A server that has crashed behind the pooler doesn't show here: each token is made sure of.
         let draw = format!("SELECT {}", self.0.sequence.draw(None));

@@ -129,6 +129,10 @@ pub(super) const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_acti
 pub(super) const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
      WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
+/// Ends that session if nobody uses it just now.
+pub(super) const TERMINATE_IF_IDLE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
+     WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2 AND state = 'idle'";
+
 /// How a key is passed: one parameter or two, and the number of the next one.
 fn parameters(two: bool) -> (&'static str, usize) {
     if two { ("$1, $2", 3) } else { ("$1", 2) }
