@@ -302,10 +302,15 @@ impl Connection for PgConnection {
 
     async fn terminate(&self, other: &Self) -> Result<()> {
         if other.client.is_disowned() {
-            // What we had locked there must not stay; but nobody's transaction shall be broken off for it.
+            // What we had locked there must not stay; but it may be working for somebody else. The pooler will bring us there
+            // again, sooner or later.
             return until(|| async {
-                self.about(sql::TERMINATE_IF_IDLE, other).await?;
-                self.about(sql::IS_THERE, other).await.map(|is_there| !is_there)
+                let pid = other.identity.pid;
+                let rows = self.client.rows(sql::UNLOCK_THERE, &[(&pid, Type::INT4)]).await;
+                let rows = rows.map_err(|error| self.client.failed(&error))?;
+                let was_there = rows.first().map_or(Ok(false), |row| row.try_get(0));
+                Ok(was_there.map_err(|error| self.client.failed(&error))?
+                    || !self.about(sql::IS_THERE, other).await?)
             })
             .await;
         }

@@ -129,9 +129,9 @@ pub(super) const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_acti
 pub(super) const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
      WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
-/// Ends that session if nobody uses it just now.
-pub(super) const TERMINATE_IF_IDLE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-     WHERE pid = $1 AND (extract(epoch FROM backend_start) * 1000000)::bigint = $2 AND state = 'idle'";
+/// Unlocks all that is held in the process `$1`, if that is the one which carries this out.
+pub(super) const UNLOCK_THERE: &str =
+    "SELECT CASE WHEN pg_backend_pid() = $1 THEN pg_advisory_unlock_all() IS NOT NULL ELSE false END";
 
 /// How a key is passed: one parameter or two, and the number of the next one.
 fn parameters(two: bool) -> (&'static str, usize) {
