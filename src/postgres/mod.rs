@@ -10,7 +10,7 @@
 //! `keepalives`, `keepalives_idle`, `keepalives_interval`, `keepalives_retries`, `load_balance_hosts`, `options`, `sslnegotiation`,
 //! `target_session_attrs`, `tcp_user_timeout`), `sslmode` and `sslrootcert` (see [TLS](#tls)), and for what
 //! [`PostgresLocks`] has methods: `waiting_sessions=3`, `token_sequence=public.fencelock_token`, `transaction_scoped=true`. For
-//! anything else make the driver's [`Config`](driver::Config) yourself.
+//! anything else make the driver's [`Config`] yourself.
 //!
 //! # How it works
 //!
@@ -68,7 +68,8 @@
 //! # Poolers
 //!
 //! A pooler that swaps sessions between transactions (PgBouncer's `pool_mode = transaction`) would leave locks with
-//! somebody else's session. That is detected when the first session is opened, and refused. Connect to
+//! somebody else's session. That is looked for when the first session is opened,
+//! and refused; if others keep the pooler so busy that it isn't seen then, claims fail as soon as one is sent to another session. Connect to
 //! PostgreSQL itself, or have the pooler keep sessions, or use
 //! [`transaction_scoped`](PostgresLocks::transaction_scoped), which keeps a transaction open for each lock. An open
 //! transaction has a price: it takes a connection of its own, and keeps `VACUUM` from clearing up what has been deleted since.

@@ -100,11 +100,14 @@ impl Postgres {
             second.is_used();
             // By itself: what a connection that is being ended hasn't read yet can cost it the reason.
             second.run("BEGIN").await.map_err(refused)?;
-            if pid_of(second).await.map_err(refused)? == pid || pid_of(client).await.map_err(refused)? != pid
-            {
-                return Err(pooled()); // and the second one is closed
-            }
+            let others = pid_of(second).await.map_err(refused)?;
+            // A pooler may have no other session for us now.
+            let ours = if others == pid { pid } else { pid_of(client).await.map_err(refused)? };
             second.run("ROLLBACK").await.map_err(refused)?;
+            second.is_clean();
+            if others == pid || ours != pid {
+                return Err(pooled());
+            }
         }
         // While others use the pooler, too, it is a matter of chance. Sent without waiting for the answers, so that it
         // takes no longer over a slow network.

@@ -1,42 +1,34 @@
 //! Claims: tries on a shared session, and waits on a session of their own.
 
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::{AcquireError, Notify, OwnedSemaphorePermit};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 
-use super::hold::{On, Place, SessionHold, unknown};
-use super::pool::{Lease, Listening, Occupied, Pool, Sessions};
-use super::session::{DOUBT_AFTER, LockSession, User};
+use super::hold::{On, Place, SessionHold};
+use super::lease::Lease;
+use super::line::{Lined, Waiting, nap, withdraw, withdraw_in_background};
+use super::occupied::Occupied;
+use super::pool::{Pool, Sessions};
+use super::session::LockSession;
 use super::{Connection, Ended, Server};
 use crate::backend::{Claim, Instant, Outcome, OwnerId};
-use crate::engine::backoff::jitter;
 use crate::engine::carried::Carried;
 use crate::engine::lock;
-use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fencing::FencingToken;
 
-/// How often who waits without a session of its own looks although it has heard nothing: holders that die say nothing.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-
-/// How long a cancelled wait may take to end, at each of several tries.
-const CANCEL_PATIENCE: Duration = Duration::from_millis(50);
-const CANCEL_TRIES: u32 = 5;
-const CANCEL_WITHIN: Duration = Duration::from_secs(2);
-
 /// A claim that may have something on the server.
 pub(super) struct Entry<S: Server> {
-    stage: Mutex<Stage<S>>,
-    changed: Notify,
+    pub(super) stage: Mutex<Stage<S>>,
+    pub(super) changed: Notify,
     /// What keeps the place of one that waits.
-    waiting: Mutex<Option<Waiting<S>>>,
+    pub(super) waiting: Mutex<Option<Waiting<S>>>,
     /// Once it is being abandoned: when that is given up at the latest.
-    given_up_at: Mutex<Option<Instant>>,
+    pub(super) given_up_at: Mutex<Option<Instant>>,
 }
 
-enum Stage<S: Server> {
+pub(super) enum Stage<S: Server> {
     /// Nothing, but perhaps an announcement.
     Nothing,
     /// A try is under way.
@@ -54,17 +46,6 @@ enum Stage<S: Server> {
     Broken(Arc<LockSession<S::Connection>>, Error),
 }
 
-type Slot = Pin<Box<dyn Future<Output = Result<OwnedSemaphorePermit, AcquireError>> + Send>>;
-
-/// The place of a claim that has no session of its own yet.
-struct Waiting<S: Server> {
-    /// Its place in the line for one.
-    slot: Option<Slot>,
-    listening: Listening<S::Key>,
-    /// Where releases are heard for it.
-    announced: Option<User<S::Connection>>,
-}
-
 impl<S: Server> Entry<S> {
     fn new() -> Arc<Self> {
         let stage = Mutex::new(Stage::Nothing);
@@ -76,12 +57,7 @@ impl<S: Server> Entry<S> {
         })
     }
 
-    /// Whether it was abandoned so long ago that nobody comes for what is left of it.
-    pub(super) fn is_given_up(&self) -> bool {
-        lock(&self.given_up_at).is_some_and(Instant::has_passed)
-    }
-
-    fn set(&self, stage: Stage<S>) {
+    pub(super) fn set(&self, stage: Stage<S>) {
         let before = std::mem::replace(&mut *lock(&self.stage), stage);
         drop(before); // with the stage unlocked
         self.changed.notify_waiters();
@@ -130,7 +106,7 @@ impl<S: Server> Drop for UnderWay<S> {
     }
 }
 
-fn stopped() -> Error {
+pub(super) fn stopped() -> Error {
     Error::new(ErrorKind::Unknown, "the runtime that serves the session has ended, or stands still")
 }
 
@@ -162,120 +138,6 @@ impl<S: Server> Sessions<S> {
             Err(error) => Err(error),
         }
     }
-
-    /// [`Backend::abandon`](crate::backend::Backend::abandon).
-    pub(crate) async fn abandon(&self, claim: &Claim) -> Result<()> {
-        let pool = &self.0;
-        let Some(entry) = lock(&pool.claims).get(&claim.owner).cloned() else { return Ok(()) };
-        lock(&entry.given_up_at).get_or_insert_with(|| Instant::now() + claim.ttl * 2);
-        self.clear_up(claim, &entry).await?;
-        let waiting = lock(&entry.waiting).take();
-        withdraw(waiting).await;
-        lock(&pool.claims).remove(&claim.owner);
-        Ok(())
-    }
-
-    /// Leaves nothing of the claim's requests on the server.
-    async fn clear_up(&self, claim: &Claim, entry: &Arc<Entry<S>>) -> Result<()> {
-        enum Step<S: Server> {
-            Await(Arc<LockSession<S::Connection>>),
-            Cancel(Arc<LockSession<S::Connection>>, Instant),
-            Release(SessionHold<S>),
-            Terminate(Arc<LockSession<S::Connection>>),
-        }
-        loop {
-            let mut changed = std::pin::pin!(entry.changed.notified());
-            changed.as_mut().enable();
-            let step = match &mut *lock(&entry.stage) {
-                Stage::Nothing | Stage::Failed(_) => return Ok(()),
-                Stage::Asking(session) => Step::Await(session.clone()),
-                Stage::Blocked { session, cancelled_at } => {
-                    let since = *cancelled_at.get_or_insert_with(Instant::now);
-                    Step::Cancel(session.clone(), since)
-                }
-                Stage::Granted(hold, _) => Step::Release(hold.clone()),
-                Stage::Broken(session, _) => Step::Terminate(session.clone()),
-            };
-            match step {
-                Step::Await(session) => {
-                    let in_time = tokio::time::timeout(DOUBT_AFTER, changed).await;
-                    // Nobody drives it, so that it can't be waited for; nor can its guards be kept.
-                    if in_time.is_err() && session.is_silent() {
-                        session.break_off();
-                        entry.set(Stage::Broken(session, stopped()));
-                    }
-                }
-                Step::Cancel(session, since) => self.cancel(claim.ttl, &session, since, entry).await,
-                Step::Release(hold) => {
-                    match hold.release(self).await {
-                        // It was lost, and is free.
-                        Err(error) if error.kind() != ErrorKind::Lost => return Err(error),
-                        Ok(_) | Err(_) => entry.set(Stage::Nothing),
-                    }
-                }
-                Step::Terminate(session) => {
-                    self.0.terminate(&session).await?;
-                    entry.set(Stage::Nothing);
-                }
-            }
-        }
-    }
-
-    /// Breaks off the wait of a claim. It has come to something when this returns.
-    async fn cancel(
-        &self,
-        ttl: Duration,
-        session: &Arc<LockSession<S::Connection>>,
-        since: Instant,
-        entry: &Entry<S>,
-    ) {
-        for tries in 0..CANCEL_TRIES {
-            // Each call may be dropped and be followed by another.
-            if since.elapsed() > CANCEL_WITHIN {
-                break;
-            }
-            let mut changed = std::pin::pin!(entry.changed.notified());
-            changed.as_mut().enable();
-            if !matches!(&*lock(&entry.stage), Stage::Blocked { .. }) {
-                return;
-            }
-            let patience = CANCEL_PATIENCE * 2u32.pow(tries);
-            let cancel = async {
-                let helper = self.0.helper(ttl).await?;
-                let (runtime, waiting) = (helper.user().runtime.clone(), session.clone());
-                waiting.cancel_begins();
-                let ends = OnDrop(Some({
-                    let waiting = waiting.clone();
-                    move || waiting.cancel_ends()
-                }));
-                Carried::new(&runtime, async move {
-                    let other = helper.user();
-                    let cancelled = other.request(other.connection.cancel(&waiting.connection)).await;
-                    if cancelled.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
-                        waiting.break_off(); // it may arrive at any time
-                    }
-                    drop(ends);
-                    cancelled
-                })
-                .await
-            };
-            // Sent before the wait had reached the server, it has done nothing: then it is sent again.
-            match tokio::time::timeout(patience, cancel).await {
-                Ok(Err(error)) if !error.is_retryable() => break, // such as a right that is missing
-                Ok(Ok(())) => {}
-                Ok(Err(_)) | Err(_) => continue,
-            }
-            if tokio::time::timeout(patience, changed).await.is_ok() {
-                return;
-            }
-        }
-        session.break_off();
-        let mut changed = std::pin::pin!(entry.changed.notified());
-        changed.as_mut().enable();
-        if matches!(&*lock(&entry.stage), Stage::Blocked { .. }) {
-            changed.await;
-        }
-    }
 }
 
 /// Of a claim whose session wasn't ready for it.
@@ -284,6 +146,14 @@ fn not_asked(error: Error) -> Error {
         return error;
     }
     Error::new(ErrorKind::Unavailable, "the session could not be prepared").with_source(error)
+}
+
+/// What a broken session leaves to say.
+fn unknown(error: Error) -> Error {
+    if error.kind() == ErrorKind::Unknown {
+        return error;
+    }
+    Error::new(ErrorKind::Unknown, "the session ended under the claim").with_source(error)
 }
 
 fn busy<H>(retry_after: Option<Duration>) -> Outcome<H> {
@@ -297,18 +167,12 @@ impl<S: Server> Pool<S> {
         lock(&self.claims).entry(owner).or_insert_with(|| entry.clone());
     }
 
-    /// Forgets claims that nobody will abandon any more. What they hold is unlocked with that.
-    pub(super) fn sweep(&self) {
-        let given_up: Vec<_> = lock(&self.claims).extract_if(|_, entry| entry.is_given_up()).collect();
-        drop(given_up); // with the map unlocked
-    }
-
     fn forget(&self, owner: OwnerId) {
         lock(&self.claims).remove(&owner);
     }
 
     /// One attempt. Unless the claim waits besides, nothing is known of it afterwards but what is to be abandoned.
-    async fn try_once(
+    pub(super) async fn try_once(
         self: &Arc<Self>,
         claim: &Claim,
         occupied: Occupied<S>,
@@ -389,8 +253,7 @@ impl<S: Server> Pool<S> {
             }
             let Some(occupied) = self.occupy(key, claim.owner) else {
                 // Another name has the same key, or what this one had is being freed.
-                let nap = until.remaining().min(LOOK_EVERY / 2 + jitter(LOOK_EVERY / 2));
-                tokio::time::sleep(nap).await;
+                tokio::time::sleep(nap(until)).await;
                 if until.has_passed() {
                     return Ok(None);
                 }
@@ -420,7 +283,7 @@ impl<S: Server> Pool<S> {
     }
 
     /// An error ends the claim: unless nobody knows what it has left behind, it leaves nothing.
-    async fn fails(&self, claim: &Claim, entry: &Entry<S>, error: Error) -> Error {
+    pub(super) async fn fails(&self, claim: &Claim, entry: &Entry<S>, error: Error) -> Error {
         if error.kind() != ErrorKind::Unknown {
             let waiting = lock(&entry.waiting).take();
             self.forget(claim.owner);
@@ -450,107 +313,6 @@ impl<S: Server> Pool<S> {
         let _ = tokio::time::timeout(until.remaining(), carried).await;
         Ok(())
     }
-
-    /// Waits without a session: for one, or for a release that gives a try a chance.
-    async fn wait_in_line(
-        self: &Arc<Self>,
-        claim: &Claim,
-        occupied: Occupied<S>,
-        entry: &Arc<Entry<S>>,
-        until: Instant,
-    ) -> Result<Lined<S>> {
-        let key = occupied.key().clone();
-        if let Err(error) = self.announce(claim, &key, entry).await {
-            return Err(self.fails(claim, entry, error).await);
-        }
-        match self.try_once(claim, occupied, entry, false).await {
-            Ok(Some((hold, token))) => return Ok(Lined::Granted(hold, token)),
-            Ok(None) => {}
-            Err(error) => return Err(self.fails(claim, entry, error).await),
-        }
-        // If this is dropped while it waits, its place in line is lost, and nothing else.
-        let Some((mut slot, heard)) = lock(&entry.waiting).as_mut().map(|waiting| {
-            let slot = waiting.slot.take();
-            let slot = slot.unwrap_or_else(|| Box::pin(self.slots.clone().acquire_owned()));
-            (slot, waiting.listening.heard())
-        }) else {
-            return Ok(Lined::Again);
-        };
-        let nap = until.remaining().min(LOOK_EVERY / 2 + jitter(LOOK_EVERY / 2));
-        let granted = tokio::select! {
-            biased;
-            slot = &mut slot => slot.ok(),
-            () = heard.notified() => None,
-            () = tokio::time::sleep(nap) => None,
-        };
-        if let Some(granted) = granted {
-            // Its own session blocks, which a try of the same claim must not disturb.
-            return Ok(match self.occupy(&key, claim.owner) {
-                Some(occupied) => Lined::Slot(occupied, granted),
-                None => Lined::Again,
-            });
-        }
-        if let Some(waiting) = lock(&entry.waiting).as_mut() {
-            waiting.slot = Some(slot);
-        }
-        Ok(if until.has_passed() { Lined::TimeIsUp } else { Lined::Again })
-    }
-
-    /// Sees to it that releases of the lock are heard for this claim.
-    async fn announce(self: &Arc<Self>, claim: &Claim, key: &S::Key, entry: &Arc<Entry<S>>) -> Result<()> {
-        let is_heard =
-            |waiting: &Waiting<S>| waiting.announced.as_ref().is_some_and(|user| user.ended().is_none());
-        if !self.server.shares() || lock(&entry.waiting).as_ref().is_some_and(is_heard) {
-            lock(&entry.waiting).get_or_insert_with(|| Waiting {
-                slot: None,
-                listening: self.listeners.listen(key),
-                announced: None,
-            });
-            return Ok(());
-        }
-        let user = self.shared(claim.ttl).await?;
-        let runtime = user.runtime.clone();
-        // Noted before it is sent, so that an announcement of which nobody has heard is withdrawn, too.
-        let slot = lock(&entry.waiting).take().and_then(|waiting| waiting.slot);
-        *lock(&entry.waiting) =
-            Some(Waiting { slot, listening: self.listeners.listen(key), announced: Some(user.clone()) });
-        let key = key.clone();
-        let announce = async move { user.request(user.connection.announce(&key)).await };
-        if let Err(error) = Carried::new(&runtime, announce).await {
-            tracing::debug!(%error, "a release may not be heard: the lock is looked at instead"); // twice a second
-        }
-        Ok(())
-    }
-}
-
-/// What waiting in line came to.
-enum Lined<S: Server> {
-    Granted(SessionHold<S>, FencingToken),
-    Slot(Occupied<S>, OwnedSemaphorePermit),
-    Again,
-    TimeIsUp,
-}
-
-/// Lets the server tell nobody of releases that nobody waits for any more.
-async fn withdraw<S: Server>(waiting: Option<Waiting<S>>) {
-    if let Some(withdraw) = withdrawal(waiting) {
-        withdraw.await;
-    }
-}
-
-fn withdraw_in_background<S: Server>(waiting: Option<Waiting<S>>) {
-    drop(withdrawal(waiting)); // it is carried to its end
-}
-
-fn withdrawal<S: Server>(waiting: Option<Waiting<S>>) -> Option<Carried<()>> {
-    let Waiting { announced, listening, .. } = waiting?;
-    let (user, key) = (announced?, listening.key().clone());
-    let runtime = user.runtime.clone();
-    Some(Carried::new(&runtime, async move {
-        if let Err(error) = user.request(user.connection.withdraw(&key)).await {
-            tracing::debug!(%error, "a waiter's announcement stays until its session ends");
-        }
-    }))
 }
 
 /// Waits on the server until it is granted, cancelled or fails, and notes that down.

@@ -5,7 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::watch;
 
-use super::pool::{Lease, Occupied};
+use super::lease::Lease;
+use super::occupied::Occupied;
 use super::session::{LockSession, User};
 use super::{Connection, ENDED, Ended, Server, Sessions};
 use crate::backend::{Claim, Grant, Released, Session};
@@ -225,12 +226,4 @@ impl<S: Server> Sessions<S> {
     ) -> Result<Option<Grant<SessionHold<S>>>> {
         hold.transfer(to).await
     }
-}
-
-/// What a broken session leaves to say.
-pub(super) fn unknown(error: Error) -> Error {
-    if error.kind() == ErrorKind::Unknown {
-        return error;
-    }
-    Error::new(ErrorKind::Unknown, "the session ended under the claim").with_source(error)
 }

@@ -15,14 +15,21 @@
 //! the next holder on the same session. A session of which anything is unknown is thrown away, with all that is on it, and
 //! [terminated](Connection::terminate) on the server.
 //!
-//! [`claim`] brings locks in, [`hold`] is one of them, [`pool`] has the sessions, and [`session`] is one of those.
+//! [`claim`] brings locks in, [`mod@line`] those without a session of their own, and [`abandon`] gives claims up; [`hold`] is a
+//! lock that is held. [`pool`] has the sessions, [`session`] is one of those, and the [`warden`] watches over it.
 
+mod abandon;
 mod claim;
 mod hold;
+mod lease;
+mod line;
+mod listeners;
+mod occupied;
 mod pool;
 mod session;
 #[cfg(test)]
 mod tests;
+mod warden;
 
 use std::fmt::Debug;
 use std::hash::Hash;
@@ -30,7 +37,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use self::hold::SessionHold;
-pub(crate) use self::pool::{Listeners, Sessions};
+pub(crate) use self::listeners::Listeners;
+pub(crate) use self::pool::Sessions;
 
 use crate::error::Result;
 use crate::fencing::FencingToken;

@@ -2,27 +2,26 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::hash::Hash;
-use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::claim::Entry;
-use super::session::{DOUBT_AFTER, Duty, LockSession, User};
+use super::hold::SessionHold;
+use super::lease::Lease;
+use super::listeners::Listeners;
+use super::occupied::Occupant;
+use super::session::{LockSession, User};
+use super::warden::warden;
 use super::{Connection, ENDED, Ended, Role, Server};
 use crate::backend::{Due, Instant, OwnerId, Renewal};
-use crate::engine::backoff::Backoff;
 use crate::engine::flight::Flight;
 use crate::engine::lock;
-use crate::engine::worker::OnDrop;
 use crate::error::{Error, ErrorKind, Result};
 use crate::guard::Loss;
-
-use super::hold::SessionHold;
 
 /// How long opening a session may take, logging in included.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
@@ -38,16 +37,16 @@ pub(super) struct Pool<S: Server> {
     /// One for each TTL.
     shared: Mutex<HashMap<Duration, Arc<Shared<S>>>>,
     /// Own sessions that nobody uses.
-    idle: Mutex<Vec<Arc<LockSession<S::Connection>>>>,
+    pub(super) idle: Mutex<Vec<Arc<LockSession<S::Connection>>>>,
     /// How many more may have one.
     pub(super) slots: Arc<Semaphore>,
     all: Mutex<Vec<Weak<LockSession<S::Connection>>>>,
     /// What this provider holds or claims: a session would be given again what it holds.
-    occupied: Mutex<HashMap<S::Key, Occupant<S>>>,
+    pub(super) occupied: Mutex<HashMap<S::Key, Occupant<S>>>,
     /// Claims that may have got something nobody knows of.
     pub(super) claims: Mutex<HashMap<OwnerId, Arc<Entry<S>>>>,
     pub(super) listeners: Arc<Listeners<S::Key>>,
-    closed: AtomicBool,
+    pub(super) closed: AtomicBool,
 }
 
 /// The shared session for one TTL.
@@ -132,7 +131,7 @@ async fn beat<C: Connection>(session: &LockSession<C>) -> Result<Instant, Result
     }
 }
 
-async fn close<C: Connection>(session: &LockSession<C>) {
+pub(super) async fn close<C: Connection>(session: &LockSession<C>) {
     if tokio::time::timeout(CLOSE_TIMEOUT, session.connection.close()).await.is_err() {
         session.connection.break_off();
     }
@@ -183,7 +182,7 @@ impl<S: Server> Pool<S> {
             };
             let Some(session) = idle else { break };
             if let Some(user) = session.enter() {
-                return Ok(Lease { user, pool: self.clone(), slot, is_free: true });
+                return Ok(Lease::new(user, self.clone(), slot));
             }
         }
         // In a task, with the slot: whoever gives up waiting leaves a session to the next one, and not another one to open.
@@ -194,7 +193,7 @@ impl<S: Server> Pool<S> {
             let session = open.unwrap_or_else(|_| Err(unavailable("the server doesn't answer")));
             let lease = session.and_then(|session| {
                 let user = session.enter().ok_or_else(|| unavailable("the session ended at once"))?;
-                Ok(Lease { user, pool, slot, is_free: true })
+                Ok(Lease::new(user, pool, slot))
             });
             drop(opened.send(lease)); // one that isn't taken is free for others
         });
@@ -216,24 +215,13 @@ impl<S: Server> Pool<S> {
     }
 
     /// A session has ended: nobody gets it any more, and who hears releases over it has to look.
-    fn remove(&self, session: &Arc<LockSession<S::Connection>>) {
+    pub(super) fn remove(&self, session: &Arc<LockSession<S::Connection>>) {
         let is_it = |other: &Arc<_>| Arc::ptr_eq(other, session);
         for shared in lock(&self.shared).values() {
             lock(&shared.current).take_if(|current| is_it(current));
         }
         lock(&self.idle).retain(|idle| !is_it(idle));
         self.listeners.wake_all();
-    }
-
-    /// Takes a key for a claim, unless another name or claim of this provider has it.
-    pub(super) fn occupy(self: &Arc<Self>, key: &S::Key, owner: OwnerId) -> Option<Occupied<S>> {
-        let mut occupied = lock(&self.occupied);
-        // On a session that has ended it isn't in anybody's way, although its guard may still be there.
-        if occupied.get(key).is_some_and(|occupant| !occupant.is_gone()) {
-            return None;
-        }
-        occupied.insert(key.clone(), Occupant { owner, session: None });
-        Some(Occupied { pool: self.clone(), key: key.clone(), owner })
     }
 
     /// Sees to it that nothing is left on the server of a session that has ended here.
@@ -294,284 +282,8 @@ fn unavailable(message: &'static str) -> Error {
     Error::new(ErrorKind::Unavailable, message)
 }
 
-/// Whether the server has nothing to do for a session that waits for an answer. Asked twice, so that the answer isn't just
-/// on its way; when the server can't be asked either, it may be only slow, and nothing is lost yet.
-async fn answer_is_lost<S: Server>(pool: &Arc<Pool<S>>, session: &LockSession<S::Connection>) -> bool {
-    for _ in 0..2 {
-        let ask = async {
-            let helper = pool.helper(session.ttl()).await?;
-            let other = helper.user();
-            let answered = other.request(other.connection.has_answered(&session.connection)).await?;
-            Ok::<_, Error>(answered)
-        };
-        if !matches!(tokio::time::timeout(DOUBT_AFTER, ask).await, Ok(Ok(true))) {
-            return false;
-        }
-        tokio::time::sleep(DOUBT_AFTER / 4).await;
-    }
-    true
-}
-
-/// Boxed, since it may open a session itself, with a warden of its own.
-fn warden<S: Server>(
-    pool: &Arc<Pool<S>>,
-    session: &Arc<LockSession<S::Connection>>,
-) -> Pin<Box<dyn Future<Output = ()> + Send>> {
-    Box::pin(watch_over(Arc::downgrade(pool), Arc::downgrade(session), session.connection.closed()))
-}
-
-/// The warden of a session: keeps it alive while nothing is held on it, closes it when nobody has needed it for a while, and
-/// notices its end.
-async fn watch_over<S: Server>(
-    pool: Weak<Pool<S>>,
-    watched: Weak<LockSession<S::Connection>>,
-    closed: impl Future<Output = Ended>,
-) {
-    tokio::pin!(closed);
-    // The runtime may end, and the connection with it.
-    let _gone = OnDrop(Some({
-        let (pool, watched) = (pool.clone(), watched.clone());
-        move || {
-            if let Some(session) = watched.upgrade() {
-                session.end(Ended::Somehow, ENDED);
-                if let Some(pool) = pool.upgrade() {
-                    pool.remove(&session);
-                }
-            }
-        }
-    }));
-    loop {
-        let Some(session) = watched.upgrade() else { return };
-        let pool_is_closed = pool.upgrade().is_none_or(|pool| {
-            pool.sweep();
-            pool.closed.load(Ordering::Acquire)
-        });
-        if pool_is_closed && session.end_if_unused(Loss::Closed) {
-            return close(&session).await;
-        }
-        let look_at = match session.duty() {
-            Duty::Over => break,
-            Duty::Look(at) => at,
-            Duty::Close => {
-                if session.end_if_unused(ENDED) {
-                    return close(&session).await;
-                }
-                continue;
-            }
-            Duty::Beat => {
-                let heard =
-                    tokio::time::timeout(session.ttl() / 3, session.request(session.connection.beat()));
-                tokio::select! {
-                    ended = &mut closed => {
-                        session.end(ended, ENDED);
-                        break;
-                    }
-                    // One that fails is repeated, until the deadline has passed.
-                    answer = heard => if !matches!(answer, Ok(Ok(()))) {
-                        tokio::time::sleep(Duration::from_millis(20)).await;
-                    }
-                }
-                continue;
-            }
-            Duty::Doubt => {
-                let Some(pool) = pool.upgrade() else { continue };
-                let silent_since = session.looks();
-                tokio::select! {
-                    ended = &mut closed => {
-                        session.end(ended, ENDED);
-                        break;
-                    }
-                    lost = answer_is_lost(&pool, &session) => if lost && session.still_waits(silent_since) {
-                        session.break_off();
-                        break;
-                    }
-                }
-                continue;
-            }
-            Duty::BreakOff => {
-                session.end(Ended::Somehow, Loss::Expired);
-                session.connection.break_off();
-                break;
-            }
-        };
-        // Not kept from going meanwhile.
-        let changed = session.changed.clone();
-        drop(session);
-        tokio::select! {
-            ended = &mut closed => {
-                if let Some(session) = watched.upgrade() {
-                    session.end(ended, ENDED);
-                }
-                break;
-            }
-            () = changed.notified() => {}
-            () = sleep_until(look_at) => {}
-        }
-    }
-    let (Some(pool), Some(session)) = (pool.upgrade(), watched.upgrade()) else { return };
-    pool.remove(&session);
-    // Where only the way to the server is broken, what was held there would be in the way of others for a TTL.
-    let (give_up_at, mut backoff) = (Instant::now() + session.ttl(), Backoff::between_retries());
-    while pool.terminate(&session).await.is_err() && !give_up_at.has_passed() {
-        tokio::time::sleep(backoff.next()).await;
-    }
-}
-
-async fn sleep_until(at: Instant) {
-    match at {
-        Instant::NEVER => std::future::pending().await,
-        at => tokio::time::sleep(at.remaining()).await,
-    }
-}
-
 impl<S: Server> fmt::Debug for Sessions<S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Sessions").field("server", &self.0.server).finish_non_exhaustive()
-    }
-}
-
-/// A session that one claim has for itself. Once it is in use, it is thrown away unless it is given back.
-pub(super) struct Lease<S: Server> {
-    user: User<S::Connection>,
-    pool: Arc<Pool<S>>,
-    slot: Option<OwnedSemaphorePermit>,
-    /// Nothing is held on it.
-    is_free: bool,
-}
-
-impl<S: Server> Lease<S> {
-    pub(super) fn user(&self) -> &User<S::Connection> {
-        &self.user
-    }
-
-    /// From now on something may be held on it.
-    pub(super) fn in_use(mut self) -> Self {
-        self.is_free = false;
-        self
-    }
-
-    /// Nothing is held on it any more.
-    pub(super) fn give_back(mut self) {
-        self.is_free = true;
-    }
-}
-
-impl<S: Server> Drop for Lease<S> {
-    fn drop(&mut self) {
-        if self.is_free && self.user.ended().is_none() {
-            lock(&self.pool.idle).push(self.user.session().clone());
-        } else {
-            self.user.break_off();
-        }
-        drop(self.slot.take()); // last: the next one finds the session idle
-    }
-}
-
-/// Who has a key, and on which session once that is known.
-struct Occupant<S: Server> {
-    owner: OwnerId,
-    session: Option<Weak<LockSession<S::Connection>>>,
-}
-
-impl<S: Server> Occupant<S> {
-    fn is_gone(&self) -> bool {
-        self.session
-            .as_ref()
-            .is_some_and(|session| session.upgrade().is_none_or(|session| session.ended().is_some()))
-    }
-}
-
-/// A key that a claim or a hold of this provider has.
-pub(super) struct Occupied<S: Server> {
-    pool: Arc<Pool<S>>,
-    key: S::Key,
-    owner: OwnerId,
-}
-
-impl<S: Server> Occupied<S> {
-    pub(super) fn key(&self) -> &S::Key {
-        &self.key
-    }
-
-    /// It is occupied on this session, and only as long as that lives.
-    pub(super) fn is_on(&self, session: &Arc<LockSession<S::Connection>>) {
-        if let Some(occupant) =
-            lock(&self.pool.occupied).get_mut(&self.key).filter(|it| it.owner == self.owner)
-        {
-            occupant.session = Some(Arc::downgrade(session));
-        }
-    }
-}
-
-impl<S: Server> Drop for Occupied<S> {
-    fn drop(&mut self) {
-        let mut occupied = lock(&self.pool.occupied);
-        if occupied.get(&self.key).is_some_and(|occupant| occupant.owner == self.owner) {
-            occupied.remove(&self.key);
-        }
-    }
-}
-
-/// Claims that wait to hear of a release, by key. Names with the same key hear of the same.
-#[derive(Debug)]
-pub(crate) struct Listeners<K>(Mutex<HashMap<K, Vec<Arc<Notify>>>>);
-
-impl<K> Default for Listeners<K> {
-    fn default() -> Self {
-        Self(Mutex::default())
-    }
-}
-
-impl<K: Clone + Eq + Hash> Listeners<K> {
-    /// The lock of this key has been released.
-    pub(crate) fn wake(&self, key: &K) {
-        if let Some(listeners) = lock(&self.0).get(key) {
-            for listener in listeners {
-                listener.notify_one();
-            }
-        }
-    }
-
-    /// Some releases may not have been heard.
-    pub(crate) fn wake_all(&self) {
-        for listener in lock(&self.0).values().flatten() {
-            listener.notify_one();
-        }
-    }
-
-    pub(super) fn listen(self: &Arc<Self>, key: &K) -> Listening<K> {
-        let heard = Arc::<Notify>::default();
-        lock(&self.0).entry(key.clone()).or_default().push(heard.clone());
-        Listening { all: self.clone(), key: key.clone(), heard }
-    }
-}
-
-/// As long as it lives, releases are heard.
-pub(super) struct Listening<K: Eq + Hash> {
-    all: Arc<Listeners<K>>,
-    key: K,
-    heard: Arc<Notify>,
-}
-
-impl<K: Eq + Hash> Listening<K> {
-    pub(super) fn key(&self) -> &K {
-        &self.key
-    }
-
-    /// Is notified of each release that is heard.
-    pub(super) fn heard(&self) -> Arc<Notify> {
-        self.heard.clone()
-    }
-}
-
-impl<K: Eq + Hash> Drop for Listening<K> {
-    fn drop(&mut self) {
-        let mut all = lock(&self.all.0);
-        if let Some(listeners) = all.get_mut(&self.key) {
-            listeners.retain(|listener| !Arc::ptr_eq(listener, &self.heard));
-            if listeners.is_empty() {
-                all.remove(&self.key);
-            }
-        }
     }
 }
