@@ -127,11 +127,7 @@ impl<C: Connection> LockSession<C> {
             return None;
         }
         state.users += 1;
-        let first = state.users == 1;
         drop(state);
-        if first {
-            self.changed.notify_one(); // the warden has slept as long as an idle session allows
-        }
         Some(User(self.clone()))
     }
 
@@ -214,8 +210,6 @@ impl<C: Connection> LockSession<C> {
     pub(super) fn block(&self) {
         let mut state = lock(&self.state);
         (state.blocked, state.looked_at) = (true, Instant::now());
-        drop(state);
-        self.changed.notify_one();
     }
 
     /// What is granted from now on stands as long as the server promised in its answer to a request sent then.
@@ -226,8 +220,6 @@ impl<C: Connection> LockSession<C> {
         if state.ended.is_none() {
             state.stands = Session::until(sent + ttl);
         }
-        drop(state);
-        self.changed.notify_one();
     }
 
     /// It can't be used any more: all guards on it are lost, and the connection is closed.
@@ -270,9 +262,11 @@ impl<C: Connection> LockSession<C> {
         if state.ended.is_some() {
             return Duty::Over;
         }
+        // Uses come and go without a word to the warden, which would cost each of them a change of thread.
+        let soon = now + LOOK_AT_SILENCE.min(state.ttl / 4);
         if state.blocked {
             let look_at = state.looked_at + LOOK_AT_WAITS;
-            return if look_at.has_passed_at(now) { Duty::Doubt } else { Duty::Look(look_at) };
+            return if look_at.has_passed_at(now) { Duty::Doubt } else { Duty::Look(look_at.min(soon)) };
         }
         if deadline.has_passed_at(now) {
             return Duty::BreakOff;
@@ -280,22 +274,15 @@ impl<C: Connection> LockSession<C> {
         if state.is_silent() && (state.looked_at + LOOK_AT_SILENCE).has_passed_at(now) {
             return Duty::Doubt;
         }
+        if state.users == 0 && (state.idle_since + IDLE_FOR).has_passed_at(now) {
+            return Duty::Close;
+        }
         // The keeper sends the heartbeats of a session that holds something; others send them by themselves.
         let beat_at = deadline.before(state.ttl / 12 * 7);
-        if state.users == 0 {
-            let close_at = state.idle_since + IDLE_FOR;
-            if close_at.has_passed_at(now) {
-                return Duty::Close;
-            }
-            if beat_at.has_passed_at(now) {
-                return Duty::Beat;
-            }
-            return Duty::Look(beat_at.min(close_at));
-        }
-        if beat_at.has_passed_at(now) && state.unanswered == 0 {
+        if beat_at.has_passed_at(now) && (state.users == 0 || state.unanswered == 0) {
             return Duty::Beat;
         }
-        Duty::Look((now + LOOK_AT_SILENCE).min(deadline))
+        Duty::Look(soon.min(deadline))
     }
 
     /// The server is asked now what it does for it. Whether there is still reason to when that has been answered is to
@@ -361,8 +348,6 @@ impl<C: Connection> Drop for User<C> {
         state.users -= 1;
         if state.users == 0 {
             state.idle_since = Instant::now();
-            drop(state);
-            self.0.changed.notify_one();
         }
     }
 }

@@ -132,8 +132,12 @@ mod library {
         }
         if let Some(file) = root {
             let certificates = std::fs::read(file).map_err(unusable)?;
+            let certificates = Certificate::stack_from_pem(&certificates).map_err(unusable)?;
+            if certificates.is_empty() {
+                return Err(unusable("no certificate to trust was found"));
+            }
             builder.disable_built_in_roots(true);
-            for certificate in Certificate::stack_from_pem(&certificates).map_err(unusable)? {
+            for certificate in certificates {
                 builder.add_root_certificate(certificate);
             }
         }
