@@ -18,6 +18,7 @@ use super::session::{LockSession, User};
 use super::warden::warden;
 use super::{Connection, ENDED, Ended, Role, Server};
 use crate::backend::{Due, Instant, OwnerId, Renewal};
+use crate::engine::carried::Carried;
 use crate::engine::flight::Flight;
 use crate::engine::lock;
 use crate::error::{Error, ErrorKind, Result};
@@ -96,7 +97,7 @@ impl<S: Server> Sessions<S> {
                 sessions.push(session);
             }
         }
-        let beats = join_all(sessions.into_iter().map(|session| beat(session))).await;
+        let beats = join_all(sessions.into_iter().map(beat)).await;
         let renewal = |place: usize| match &beats[place] {
             Ok(until) => Renewal::Until(*until),
             Err(Ok(loss)) => Renewal::Lost(*loss),
@@ -118,12 +119,17 @@ impl<S: Server> Sessions<S> {
     }
 }
 
+/// A heartbeat that is heeded whenever it is answered, although nobody may wait for it any more.
+pub(super) fn send_beat<C: Connection>(session: &Arc<LockSession<C>>) -> Carried<Result<()>> {
+    let beating = session.clone();
+    Carried::new(&session.runtime, async move { beating.request(beating.connection.beat()).await })
+}
+
 /// Until when the session stands, why it doesn't, or why nobody knows.
-async fn beat<C: Connection>(session: &LockSession<C>) -> Result<Instant, Result<Loss, Error>> {
+async fn beat<C: Connection>(session: &Arc<LockSession<C>>) -> Result<Instant, Result<Loss, Error>> {
     let (sent, ttl) = (Instant::now(), session.ttl());
-    let request = session.request(session.connection.beat());
-    // One that doesn't answer mustn't make the others late.
-    let answer = tokio::time::timeout(ttl / 6, request).await;
+    // One that doesn't answer mustn't make the others late; when it does after all, that counts.
+    let answer = tokio::time::timeout(ttl / 6, send_beat(session)).await;
     match answer.unwrap_or_else(|_| Err(unavailable("the heartbeat has not been answered"))) {
         Ok(()) => Ok(sent + ttl),
         Err(_) if session.ended().is_some() => Err(Ok(ENDED)),

@@ -1107,3 +1107,17 @@ async fn a_grant_whose_session_has_ended_is_soon_abandoned() {
     timeout(TTL, sessions.abandon(&claim)).await.expect("at once").unwrap();
     assert!(lock(&sessions.0.claims).is_empty());
 }
+
+/// An answer that comes after its heartbeat was given up for another one counts all the same.
+#[tokio::test(start_paused = true)]
+async fn a_network_that_is_slow_against_the_ttl_loses_nothing() {
+    let fake = Fake::reliable();
+    let provider = provider(&fake, 1);
+    let guard = provider.create_lock("a").acquire().await.unwrap();
+    fake.state(|state| state.latency = TTL / 4);
+    sleep(TTL * 4).await;
+    assert!(!guard.is_lost());
+    fake.state(|state| state.latency = Duration::from_millis(1));
+    drop(guard);
+    comes_to_rest(&fake, &[provider], &["a"]).await;
+}

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use super::pool::{Pool, close};
+use super::pool::{Pool, close, send_beat};
 use super::session::{DOUBT_AFTER, Duty, LockSession};
 use super::{Connection, ENDED, Ended, Server};
 use crate::backend::Instant;
@@ -60,8 +60,7 @@ async fn watch_over<S: Server>(
                 continue;
             }
             Duty::Beat => {
-                let heard =
-                    tokio::time::timeout(session.ttl() / 3, session.request(session.connection.beat()));
+                let heard = tokio::time::timeout(session.ttl() / 3, send_beat(&session));
                 tokio::select! {
                     ended = &mut closed => {
                         session.end(ended, ENDED);
