@@ -128,6 +128,12 @@ pub(super) fn send_beat<C: Connection>(session: &Arc<LockSession<C>>) -> Carried
 /// Until when the session stands, why it doesn't, or why nobody knows.
 async fn beat<C: Connection>(session: &Arc<LockSession<C>>) -> Result<Instant, Result<Loss, Error>> {
     let (sent, ttl) = (Instant::now(), session.ttl());
+    // What is to be answered anyway does as well, and another request would only stand behind it.
+    match session.silence() {
+        Some(silence) if silence < ttl / 6 => return Ok(session.stands().deadline()),
+        Some(_) => return Err(Err(unavailable("an earlier request has not been answered"))),
+        None => {}
+    }
     // One that doesn't answer mustn't make the others late; when it does after all, that counts.
     let answer = tokio::time::timeout(ttl / 6, send_beat(session)).await;
     match answer.unwrap_or_else(|_| Err(unavailable("the heartbeat has not been answered"))) {

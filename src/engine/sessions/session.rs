@@ -167,6 +167,12 @@ impl<C: Connection> LockSession<C> {
         answer
     }
 
+    /// For how long nothing has been answered, if something is to be.
+    pub(super) fn silence(&self) -> Option<Duration> {
+        let state = lock(&self.state);
+        (state.unanswered > 0).then(|| state.silent_since.elapsed())
+    }
+
     /// Whether it hasn't answered for so long that it may be served by a runtime which isn't polled.
     pub(super) fn is_silent(&self) -> bool {
         lock(&self.state).is_silent()

@@ -1114,7 +1114,7 @@ async fn a_network_that_is_slow_against_the_ttl_loses_nothing() {
     let fake = Fake::reliable();
     let provider = provider(&fake, 1);
     let guard = provider.create_lock("a").acquire().await.unwrap();
-    fake.state(|state| state.latency = TTL / 4);
+    fake.state(|state| state.latency = TTL / 5);
     sleep(TTL * 4).await;
     assert!(!guard.is_lost());
     fake.state(|state| state.latency = Duration::from_millis(1));
