@@ -136,7 +136,9 @@ impl PgClient {
     pub(super) fn failed(&self, error: &DriverError) -> Error {
         // What the server says when it ends a session is the answer to the request that it has; without one, others
         // have not come to it.
-        if error.as_db_error().is_none() && self.is_over() == Some(Ended::ByServer) {
+        // Where the application drives the connection it doesn't say why it ended: then it is taken for that.
+        let untold = self.task.is_none() && error.is_closed();
+        if error.as_db_error().is_none() && (untold || self.is_over() == Some(Ended::ByServer)) {
             let message = "PostgreSQL has ended the session before it was asked";
             return Error::new(ErrorKind::Unavailable, message).with_source(error.to_string());
         }
