@@ -189,30 +189,28 @@ impl<S: Server> Pool<S> {
         self.note(claim.owner, entry);
         let (runtime, ttl) = (session.runtime.clone(), claim.ttl);
         let under_way = UnderWay::new(entry, &session);
-        let ask = {
-            async move {
-                let user = on.user();
-                if let On::Own(_) = &on
-                    && let Err(error) = user.set_ttl(ttl).await
-                {
-                    // Nobody knows how long it would stand. Nothing is held on it.
-                    user.break_off();
-                    return under_way.comes_to(Stage::Failed(not_asked(error)));
-                }
-                let answer = user.request(user.connection.try_lock(occupied.key())).await;
-                under_way.comes_to(match answer {
-                    Ok(Some(token)) => Stage::Granted(SessionHold::new(Place { occupied, on }), token),
-                    Ok(None) => {
-                        on.give_back();
-                        Stage::Nothing
-                    }
-                    Err(error) if error.kind() == ErrorKind::Unknown => Stage::Broken(session, error),
-                    Err(error) => {
-                        on.give_back();
-                        Stage::Failed(error)
-                    }
-                });
+        let ask = async move {
+            let user = on.user();
+            if let On::Own(_) = &on
+                && let Err(error) = user.set_ttl(ttl).await
+            {
+                // Nobody knows how long it would stand. Nothing is held on it.
+                user.break_off();
+                return under_way.comes_to(Stage::Failed(not_asked(error)));
             }
+            let answer = user.request(user.connection.try_lock(occupied.key())).await;
+            under_way.comes_to(match answer {
+                Ok(Some(token)) => Stage::Granted(SessionHold::new(Place { occupied, on }), token),
+                Ok(None) => {
+                    on.give_back();
+                    Stage::Nothing
+                }
+                Err(error) if error.kind() == ErrorKind::Unknown => Stage::Broken(session, error),
+                Err(error) => {
+                    on.give_back();
+                    Stage::Failed(error)
+                }
+            });
         };
         Carried::new(&runtime, ask).await;
         let answer = entry.take().expect("it has come to something");

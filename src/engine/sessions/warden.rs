@@ -105,7 +105,7 @@ async fn watch_over<S: Server>(
                 break;
             }
             () = changed.notified() => {}
-            () = sleep_until(look_at) => {}
+            () = tokio::time::sleep(look_at.remaining()) => {}
         }
     }
     let (Some(pool), Some(session)) = (pool.upgrade(), watched.upgrade()) else { return };
@@ -114,13 +114,6 @@ async fn watch_over<S: Server>(
     let (give_up_at, mut backoff) = (Instant::now() + session.ttl(), Backoff::between_retries());
     while pool.terminate(&session).await.is_err() && !give_up_at.has_passed() {
         tokio::time::sleep(backoff.next()).await;
-    }
-}
-
-async fn sleep_until(at: Instant) {
-    match at {
-        Instant::NEVER => std::future::pending().await,
-        at => tokio::time::sleep(at.remaining()).await,
     }
 }
 
