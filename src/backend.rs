@@ -64,7 +64,7 @@ pub enum Mode {
 pub struct OwnerId(u128);
 
 impl OwnerId {
-    fn random() -> Result<Self> {
+    pub(crate) fn random() -> Result<Self> {
         let mut bytes = [0; 16];
         getrandom::fill(&mut bytes).map_err(|error| {
             Error::new(ErrorKind::Unavailable, "the system gives no random numbers").with_source(error)
@@ -130,7 +130,7 @@ impl<H> Grant<H> {
     }
 
     /// The same grant, with what a backend above another makes of its hold.
-    #[cfg(feature = "postgres")]
+    #[cfg(any(feature = "postgres", feature = "sqlserver"))]
     pub(crate) fn map<T>(self, change: impl FnOnce(H) -> T) -> Grant<T> {
         let Self { hold, token, validity, to_be_confirmed } = self;
         Grant { hold: change(hold), token, validity, to_be_confirmed }
@@ -160,7 +160,7 @@ pub enum Outcome<H> {
 
 impl<H> Outcome<H> {
     /// The same outcome, with what a backend above another makes of the hold.
-    #[cfg(feature = "postgres")]
+    #[cfg(any(feature = "postgres", feature = "sqlserver"))]
     pub(crate) fn map<T>(self, change: impl FnOnce(H) -> T) -> Outcome<T> {
         match self {
             Self::Granted(grant) => Outcome::Granted(grant.map(change)),

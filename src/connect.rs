@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+#[cfg(feature = "azure")]
+use crate::azure::{AzureLocks, Said};
 use crate::backend::Backend;
 use crate::engine::Provider;
 #[cfg(feature = "postgres")]
@@ -16,13 +18,15 @@ use crate::options::LockOptions;
 use crate::postgres;
 #[cfg(feature = "redis")]
 use crate::redis::{RedisLocks, RedisUrl, Redlock, SingleParameters};
+#[cfg(feature = "sqlserver")]
+use crate::sqlserver::{self, SqlServerLocks};
 
-/// Schemes of the backends that are still to come, and the features that they will have.
-const NOT_YET: [(&str, &str); 2] = [("sqlserver", "sqlserver"), ("azblob", "azure")];
 /// Schemes of the backends that are there, the features that they need, and whether this build has them.
-const FEATURES: [(&[&str], &str, bool); 2] = [
+const FEATURES: [(&[&str], &str, bool); 4] = [
     (&["redis", "rediss", "redis+unix", "redlock"], "redis", cfg!(feature = "redis")),
     (&["postgres", "postgresql"], "postgres", cfg!(feature = "postgres")),
+    (&["sqlserver", "jdbc"], "sqlserver", cfg!(feature = "sqlserver")),
+    (&["azblob"], "azure", cfg!(feature = "azure")),
 ];
 
 /// The provider that a URL names.
@@ -37,6 +41,9 @@ const FEATURES: [(&[&str], &str, bool); 2] = [
 /// | `redis://HOST,HOST/DB?sentinel=NAME` | the master `NAME` that these Sentinels watch |
 /// | `redlock://HOST,HOST,HOST` | Redlock (feature `redis`) over independent servers |
 /// | `postgres://USER:PASSWORD@HOST:PORT/DATABASE` | `postgres` (feature `postgres`): advisory locks; `postgresql://` is the same |
+/// | `sqlserver://USER:PASSWORD@HOST:PORT/DATABASE` | `sqlserver` (feature `sqlserver`): application locks of SQL Server |
+/// | `jdbc:sqlserver://HOST;database=DATABASE;…`, `Server=HOST;Database=DATABASE;…` | the same by a connection string, as JDBC or ADO.NET have it, which has no parameters of ours |
+/// | `azblob://ACCOUNT/CONTAINER` | `azblob` (feature `azure`): leases of Azure Blob Storage, with the right that the environment gives |
 ///
 /// The path of `file:` is taken literally, up to a `?`: nothing in it is percent-decoded. `file:///some/dir` is `file:/some/dir`.
 ///
@@ -77,6 +84,11 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
             Error::new(ErrorKind::Config, "the URL begins or ends with white space, such as a line break");
         return Err(error.during("connect", "url", None));
     }
+    // Of a connection string neither keys nor separators could be a scheme.
+    let is_string = url.split(':').next().is_some_and(|scheme| scheme.contains('='));
+    if is_string {
+        return connect_ado(url).await.map_err(|error| error.during("connect", "url", None));
+    }
     let parts = url.split_once(':').map(|(scheme, rest)| (scheme.to_ascii_lowercase(), rest));
     let result = match parts.as_ref().map(|(scheme, rest)| (&**scheme, *rest)) {
         Some(("memory", rest)) => connect_memory(rest),
@@ -89,6 +101,14 @@ pub async fn connect(url: &str) -> Result<Box<dyn LockProvider>> {
         Some(("redlock", rest)) => connect_redlock(rest).await,
         #[cfg(feature = "postgres")]
         Some(("postgres" | "postgresql", rest)) => Box::pin(connect_postgres(rest)).await, // a large one
+        #[cfg(feature = "sqlserver")]
+        Some(("sqlserver", rest)) => Box::pin(connect_sqlserver(rest)).await,
+        #[cfg(feature = "sqlserver")]
+        Some(("jdbc", _)) => {
+            connect_to_sqlserver(SqlServerLocks::from_jdbc_string(url), Common::default()).await
+        }
+        #[cfg(feature = "azure")]
+        Some(("azblob", rest)) => Box::pin(connect_azure(rest)).await,
         Some((scheme, _)) => Err(unknown(scheme)),
         None => Err(Error::new(
             ErrorKind::Config,
@@ -143,7 +163,7 @@ async fn connect_redis(tls: bool, rest: &str) -> Result<Box<dyn LockProvider>> {
 }
 
 /// An error of the backend itself, no longer of the URL.
-#[cfg(any(feature = "postgres", feature = "redis"))]
+#[cfg(any(feature = "azure", feature = "postgres", feature = "redis", feature = "sqlserver"))]
 fn reached(backend: &'static str) -> impl Fn(Error) -> Error {
     move |error| error.during("connect", backend, None)
 }
@@ -195,6 +215,62 @@ async fn connect_postgres(rest: &str) -> Result<Box<dyn LockProvider>> {
     Ok(Box::new(common.build(locks)?))
 }
 
+#[cfg(feature = "sqlserver")]
+async fn connect_sqlserver(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let ours = ["waiting_sessions", "token_table", "db_principal"];
+    let known: Vec<_> = ours.into_iter().chain(sqlserver::parameters_of_url()).collect();
+    let (rest, common, own) = Common::take(rest, &known)?;
+    let drivers: Vec<_> =
+        sqlserver::parameters_of_url().filter_map(|key| Some((key, own.get(key)?))).collect();
+    let mut locks = sqlserver::locks_of_url(rest, &drivers)?;
+    if let Some(sessions) = own.number("waiting_sessions")? {
+        locks = locks.waiting_sessions(usize::try_from(sessions).unwrap_or(usize::MAX));
+    }
+    if let Some(name) = own.get("token_table") {
+        locks = locks.token_table(name)?;
+    }
+    if let Some(principal) = own.get("db_principal") {
+        locks = locks.db_principal(principal)?;
+    }
+    connect_to_sqlserver(Ok(locks), common).await
+}
+
+#[cfg(feature = "sqlserver")]
+async fn connect_to_sqlserver(
+    locks: Result<SqlServerLocks>,
+    common: Common,
+) -> Result<Box<dyn LockProvider>> {
+    let ttl = common.options.ttl_or_default();
+    let provider = common.build(locks?)?;
+    Box::pin(provider.backend().connect_for(ttl)).await.map_err(reached("sqlserver"))?;
+    Ok(Box::new(provider))
+}
+
+/// A connection string of ADO.NET, which has no scheme.
+#[cfg(feature = "sqlserver")]
+async fn connect_ado(string: &str) -> Result<Box<dyn LockProvider>> {
+    connect_to_sqlserver(SqlServerLocks::from_ado_string(string), Common::default()).await
+}
+
+#[cfg(not(feature = "sqlserver"))]
+#[expect(clippy::unused_async, reason = "as with the feature")]
+async fn connect_ado(_: &str) -> Result<Box<dyn LockProvider>> {
+    Err(Error::new(
+        ErrorKind::Unsupported,
+        "this is no URL; if it is a connection string of SQL Server, it needs the cargo feature `sqlserver`, which this build \
+         hasn't got",
+    ))
+}
+
+#[cfg(feature = "azure")]
+async fn connect_azure(rest: &str) -> Result<Box<dyn LockProvider>> {
+    let (rest, common, own) = Common::take(rest, &["account_key", "sas", "endpoint"])?;
+    let said = Said { key: own.get("account_key"), sas: own.get("sas"), endpoint: own.get("endpoint") };
+    let provider = common.build(AzureLocks::of_url(rest, &said)?)?;
+    provider.backend().connect().await.map_err(reached("azblob"))?;
+    Ok(Box::new(provider))
+}
+
 fn unknown(scheme: &str) -> Error {
     let known = FEATURES.iter().find(|(schemes, ..)| schemes.contains(&scheme));
     if let Some((_, feature, false)) = known {
@@ -202,14 +278,6 @@ fn unknown(scheme: &str) -> Error {
             ErrorKind::Unsupported,
             format!("`{scheme}:` needs the cargo feature `{feature}`, which this build hasn't got"),
         );
-    }
-    if let Some((scheme, feature)) = NOT_YET.iter().find(|(known, _)| *known == scheme) {
-        let message = format!(
-            "`{scheme}:` needs the cargo feature `{feature}`, which fencelock {} does not offer yet: \
-             use `file:` or `memory:` until then",
-            env!("CARGO_PKG_VERSION")
-        );
-        return Error::new(ErrorKind::Unsupported, message);
     }
     // Not echoed: what stands before the first colon may be anything, if somebody forgot the scheme.
     let others = FEATURES.iter().filter(|(.., is_there)| *is_there).flat_map(|(schemes, ..)| *schemes);
@@ -222,7 +290,7 @@ fn unknown(scheme: &str) -> Error {
 #[derive(Debug, Default)]
 struct Own(Vec<(String, String)>);
 
-#[cfg(any(feature = "postgres", feature = "redis"))]
+#[cfg(any(feature = "azure", feature = "postgres", feature = "redis", feature = "sqlserver"))]
 impl Own {
     fn get(&self, key: &str) -> Option<&str> {
         self.0.iter().find_map(|(name, value)| (name == key).then_some(value.as_str()))
@@ -233,6 +301,7 @@ impl Own {
         self.get(key).map(|value| duration(key, value)).transpose()
     }
 
+    #[cfg(any(feature = "postgres", feature = "redis", feature = "sqlserver"))]
     fn number(&self, key: &'static str) -> Result<Option<u32>> {
         let refused = |_| Error::new(ErrorKind::Config, format!("{key} in the URL must be a whole number"));
         self.get(key).map(|value| value.parse().map_err(refused)).transpose()
@@ -381,12 +450,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_backend_to_come_names_its_feature() {
-        for (scheme, feature) in NOT_YET {
-            let error = refused(&format!("{scheme}://user:secret@host/0")).await;
-            assert_eq!(error.kind(), ErrorKind::Unsupported);
-            assert!(error.to_string().contains(&format!("feature `{feature}`")), "{error}");
-            assert!(!format!("{error:?} {error}").contains("secret"));
+    async fn a_backend_that_is_not_built_names_its_feature() {
+        for (schemes, feature, is_there) in FEATURES {
+            for scheme in schemes.iter().filter(|_| !is_there) {
+                let error = refused(&format!("{scheme}://user:secret@host/0")).await;
+                assert_eq!(error.kind(), ErrorKind::Unsupported);
+                assert!(error.to_string().contains(&format!("feature `{feature}`")), "{error}");
+                assert!(!format!("{error:?} {error}").contains("secret"));
+            }
         }
     }
 

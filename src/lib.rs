@@ -1,5 +1,7 @@
 #![doc = include_str!("../README.md")]
 
+#[cfg(feature = "azure")]
+pub mod azure;
 pub mod backend;
 mod capabilities;
 mod clock;
@@ -17,6 +19,8 @@ mod options;
 pub mod postgres;
 #[cfg(feature = "redis")]
 pub mod redis;
+#[cfg(feature = "sqlserver")]
+pub mod sqlserver;
 mod tenure;
 #[cfg(feature = "testing")]
 pub mod testing;

@@ -95,7 +95,7 @@ impl LockOptions {
         Terms::new(self, capabilities).map(drop)
     }
 
-    #[cfg(feature = "postgres")]
+    #[cfg(any(feature = "postgres", feature = "sqlserver"))]
     pub(crate) fn ttl_or_default(&self) -> Duration {
         self.ttl.unwrap_or(Self::DEFAULT_TTL)
     }

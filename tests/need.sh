@@ -54,3 +54,25 @@ need_rust() {
     [[ $(printf '%s\n' "$wanted" "${have%%-*}" | sort -V | head -n 1) == "$wanted" ]] ||
         fail "Rust $have is too old: install $wanted or newer, see https://rustup.rs"
 }
+
+# Azurite as tests/azurite/package-lock.json has it, in a directory that is named after that file's hash. Tests find
+# it there, whichever directory Cargo builds in.
+need_azurite() {
+    local lock=tests/azurite/package-lock.json wanted new
+    need node nodejs # 18 or newer
+    need npm npm
+    wanted=target/azurite/$(sha256sum "$lock" | cut -c 1-16)
+    if [[ -d $wanted ]]; then
+        return
+    fi
+    mkdir -p target/azurite
+    new=$(mktemp -d target/azurite/new.XXXXXXXX)
+    cp tests/azurite/package.json "$lock" "$new"
+    (cd "$new" && npm ci --ignore-scripts --no-audit --no-fund) || {
+        rm -rf "$new"
+        fail "Azurite can't be installed: npm ci has failed"
+    }
+    # It comes there whole, or not at all; another run may have been faster.
+    mv -T "$new" "$wanted" 2>/dev/null || rm -rf "$new"
+    [[ -d $wanted ]] || fail "Azurite isn't in $wanted, although it is installed"
+}

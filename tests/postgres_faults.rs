@@ -15,12 +15,11 @@ use common::{ms, secs};
 use fencelock::postgres::driver::{Config, NoTls};
 use fencelock::postgres::{PostgresLocks, lock_key};
 use fencelock::{
-    DistributedLock, ErrorKind, FencingGate, FencingToken, LockGuard, LockOptions, LockProvider, Loss,
-    Provider,
+    DistributedLock, ErrorKind, FencingGate, LockGuard, LockOptions, LockProvider, Loss, Provider,
 };
 use servers::holder::{Holder, Step};
 use servers::left_out;
-use servers::locks::{SLACK, granted, report, take, waits, within};
+use servers::locks::{Drawn, Fault, Random, SLACK, granted, judge, report, take, waits, within};
 use servers::postgres::{DATABASE, PASSWORD, PostgresServer, USER};
 use servers::postgres_locks::{
     backend_of, backends, is_about, terminate, until, until_all_free, until_announced, until_blocked,
@@ -549,40 +548,6 @@ async fn a_late_grant_is_taken_back_soon() {
 
 // The network.
 
-/// What a network does to a holder.
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum Fault {
-    /// Nothing arrives until it is over, and then everything does, as TCP sends it again.
-    HoldRequests,
-    HoldReplies,
-    /// Nothing arrives, and nothing is sent again.
-    CutRequests,
-    CutReplies,
-    DelayRequests(Duration),
-    DelayReplies(Duration),
-}
-
-impl Fault {
-    fn begin(self, proxy: &Proxy) {
-        match self {
-            Self::HoldRequests => proxy.hold_requests(),
-            Self::HoldReplies => proxy.hold_replies(),
-            Self::CutRequests => proxy.cut_requests(),
-            Self::CutReplies => proxy.cut_replies(),
-            Self::DelayRequests(by) => proxy.delay_requests(by),
-            Self::DelayReplies(by) => proxy.delay_replies(by),
-        }
-    }
-
-    fn end(proxy: &Proxy) {
-        proxy.heal();
-        proxy.release_requests();
-        proxy.release_replies();
-        proxy.delay_requests(Duration::ZERO);
-        proxy.delay_replies(Duration::ZERO);
-    }
-}
-
 /// Nothing is lost here but time: a connection that has lost something is over.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_the_network_does_for_less_than_the_ttl_is_no_loss() {
@@ -1062,33 +1027,6 @@ async fn short_waits_over_a_slow_network_open_few_connections() {
 
 // Fencing tokens.
 
-/// A random number below `end`, from a seed that is printed.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Self {
-        use std::hash::{BuildHasher, RandomState};
-        let seed = RandomState::new().hash_one(0) | 1;
-        println!("seed: {seed}");
-        Self(seed)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % end
-    }
-}
-
-/// A grant that was asked for, and got, at these times.
-#[derive(Clone, Copy, Debug)]
-struct Drawn {
-    token: FencingToken,
-    asked: Instant,
-    got: Instant,
-}
-
 /// Several providers that take and release locks until they are told to stop.
 struct Loops {
     stop: Arc<AtomicBool>,
@@ -1144,26 +1082,6 @@ impl Loops {
         }
         names.iter().map(|drawn| judge(drawn)).sum()
     }
-}
-
-fn judge(drawn: &[Drawn]) -> usize {
-    let tokens: HashSet<_> = drawn.iter().map(|drawn| drawn.token).collect();
-    assert_eq!(tokens.len(), drawn.len(), "a token was drawn twice");
-    let (mut by_got, mut by_asked) = (drawn.to_vec(), drawn.to_vec());
-    by_got.sort_by_key(|drawn| drawn.got);
-    by_asked.sort_by_key(|drawn| drawn.asked);
-    let (mut earlier, mut highest) = (by_got.into_iter().peekable(), None::<Drawn>);
-    for later in by_asked {
-        while let Some(before) = earlier.next_if(|before| before.got <= later.asked) {
-            if highest.is_none_or(|highest| highest.token < before.token) {
-                highest = Some(before);
-            }
-        }
-        if let Some(highest) = highest {
-            assert!(highest.token < later.token, "{highest:?} was before {later:?}");
-        }
-    }
-    drawn.len()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

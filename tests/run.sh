@@ -16,6 +16,7 @@ need redis-server redis-server
 need faketime faketime # moves a Redis server's wall clock
 need '/usr/lib/postgresql/*/bin/initdb' postgresql # with psql
 need /usr/sbin/pgbouncer pgbouncer
+need_azurite # an emulator of Azure Blob Storage
 need openssl openssl # makes certificates
 need pkg-config pkg-config # finds OpenSSL for the feature `native-tls`
 need /usr/include/openssl/ssl.h libssl-dev # which is built with it
@@ -29,6 +30,8 @@ cargo test --locked --features redis,rustls --test redis_connect tls::
 cargo test --locked --features redis --lib --test redis_connect -- connect:: urls::
 cargo test --locked --features postgres,native-tls --test postgres_connect tls::
 cargo test --locked --features postgres --lib --test postgres_connect -- connect:: tls:: urls::
+cargo test --locked --features sqlserver --lib --test sqlserver_connect -- connect:: sqlserver:: tls:: urls::
+cargo test --locked --features azure --lib --test azure_connect -- azure:: connect:: urls::
 cargo test --locked --lib connect::
 
 # The main job as a user runs it, many times over: who wins is a race.

@@ -8,10 +8,10 @@
 mod acquire;
 mod attempt;
 pub(crate) mod backoff;
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "sqlserver"))]
 pub(crate) mod carried;
 mod driver;
-#[cfg(any(feature = "postgres", feature = "redis"))]
+#[cfg(any(feature = "postgres", feature = "redis", feature = "sqlserver"))]
 pub(crate) mod flight;
 mod holding;
 mod keeper;
@@ -19,7 +19,7 @@ mod provider;
 mod queue;
 mod releaser;
 mod request;
-#[cfg(feature = "postgres")]
+#[cfg(any(feature = "postgres", feature = "sqlserver"))]
 pub(crate) mod sessions;
 mod slot;
 pub(crate) mod worker;

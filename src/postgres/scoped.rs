@@ -187,14 +187,6 @@ impl Connection for ScopedConnection {
         .await
     }
 
-    async fn announce(&self, _: &AdvisoryKey) -> Result<()> {
-        Ok(())
-    }
-
-    async fn withdraw(&self, _: &AdvisoryKey) -> Result<()> {
-        Ok(())
-    }
-
     fn is_over(&self) -> Option<Ended> {
         self.client.is_over()
     }

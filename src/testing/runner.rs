@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use libtest_mimic::{Arguments, Completion, Trial};
 use tokio::runtime::Builder;
@@ -12,6 +13,10 @@ use super::{Clock, Subject, Target};
 
 /// Names the targets that are left out, separated by commas.
 const SKIP: &str = "FENCELOCK_SKIP";
+
+/// With leases that last so long at least, checks are run side by side, so many at a time unless `--test-threads` says otherwise.
+const LONG: Duration = Duration::from_secs(10);
+const LONG_AT_A_TIME: usize = 16;
 
 /// Runs every check on every target. The `main` of a test target that has `harness = false`.
 ///
@@ -24,19 +29,28 @@ pub fn main(targets: Vec<Arc<dyn Target>>) -> ExitCode {
         return exit_code;
     }
     let skipped = std::env::var(SKIP).unwrap_or_default();
-    let mut trials = Vec::new();
+    let (mut trials, mut long) = (Vec::new(), Vec::new());
     for target in targets {
         let left_out = skipped.split(',').any(|name| name.trim() == target.name());
         if left_out {
             eprintln!("{SKIP}: {} is left out", target.name());
         }
+        // These hardly do anything but wait for the end of leases.
+        let trials = if target.capabilities().min_ttl >= LONG { &mut long } else { &mut trials };
         for check in CHECKS {
             let obstacle =
                 if left_out { Some("left out by FENCELOCK_SKIP") } else { check.obstacle(&*target) };
             trials.push(trial(target.clone(), check, obstacle));
         }
     }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    let mut arguments = Arguments::from_args();
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if long.is_empty() {
+        return conclusion.exit_code();
+    }
+    arguments.test_threads.get_or_insert(LONG_AT_A_TIME);
+    let of_long = libtest_mimic::run(&arguments, long);
+    if conclusion.has_failed() { conclusion.exit_code() } else { of_long.exit_code() }
 }
 
 fn trial(target: Arc<dyn Target>, check: &'static Check, obstacle: Option<&'static str>) -> Trial {

@@ -16,17 +16,17 @@ mod tls;
 mod transaction;
 mod urls;
 
-use std::error::Error as _;
-use std::fmt::Write as _;
 use std::time::Duration;
 
-use fencelock::backend::Backend;
 use fencelock::postgres::driver::{Client, Config, NoTls};
 use fencelock::postgres::{AdvisoryKey, PostgresLocks, lock_key};
-use fencelock::{Error, LockGuard, LockOptions, LockProvider, Provider, connect};
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
+use fencelock::{LockProvider, Provider};
+use servers::connecting::{
+    PASSWORD, assert_no_secret, built, closed, connected, encoded, everything, fails, granted, is_free,
+    refused, released, take, waits,
+};
+use servers::locks::{PATIENCE, within};
 use servers::postgres::PostgresServer;
-use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
 use common::ms;
@@ -37,54 +37,8 @@ fn holder_process() {
     servers::holder::play();
 }
 
-/// A password with everything that means something in a URL.
-const PASSWORD: &str = "never/to@be:seen#?,%&=+ ";
-
-/// Far longer than anything takes, on a busy machine too.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 /// How many sessions wait for an advisory lock.
 const WAITING: &str = "select count(*) from pg_locks where locktype = 'advisory' and not granted";
-
-/// Awaits what has to happen.
-async fn within<F: Future>(event: &str, future: F) -> F::Output {
-    timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("not within {PATIENCE:?}: {event}"))
-}
-
-fn encoded(text: &str) -> String {
-    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
-}
-
-async fn connected(url: &str) -> Box<dyn LockProvider> {
-    within("connect", Box::pin(connect(url))).await.unwrap_or_else(|error| panic!("{}", everything(&error)))
-}
-
-async fn refused(url: &str) -> Error {
-    match within(&format!("an answer to {url}"), Box::pin(connect(url))).await {
-        Ok(provider) => panic!("accepted: {provider:?}"),
-        Err(error) => {
-            assert_no_secret(&everything(&error));
-            error
-        }
-    }
-}
-
-/// What an error can show in any way.
-fn everything(error: &Error) -> String {
-    let mut text = format!("{error} {error:?}");
-    let mut source = error.source();
-    while let Some(cause) = source {
-        write!(text, " <- {cause} {cause:?}").expect("a string takes all");
-        source = cause.source();
-    }
-    text
-}
-
-fn assert_no_secret(text: &str) {
-    for secret in [PASSWORD, &encoded(PASSWORD), "never"] {
-        assert!(!text.contains(secret), "a password is shown: {text}");
-    }
-}
 
 fn config(url: &str) -> Config {
     url.parse().expect("a URL of ours")
@@ -100,55 +54,6 @@ async fn client(url: &str) -> Client {
 /// Locks on a server, without `connect`.
 fn locks(server: &PostgresServer, ttl: Duration) -> Provider<PostgresLocks> {
     built(PostgresLocks::new(config(&server.url())), ttl)
-}
-
-fn built<B: Backend>(locks: B, ttl: Duration) -> Provider<B> {
-    Provider::builder(locks).options(LockOptions::new().ttl(ttl)).build().expect("possible options")
-}
-
-async fn take(provider: &dyn LockProvider, name: &str) -> LockGuard {
-    within("the lock is taken", provider.create_lock(name).acquire())
-        .await
-        .unwrap_or_else(|error| panic!("{}", everything(&error)))
-}
-
-async fn is_free(provider: &dyn LockProvider, name: &str) -> bool {
-    match within("an answer", provider.create_lock(name).try_acquire()).await {
-        Ok(Some(guard)) => {
-            released(guard).await;
-            true
-        }
-        Ok(None) => false,
-        Err(error) => panic!("{}", everything(&error)),
-    }
-}
-
-/// What a try fails with that isn't repeated.
-async fn fails(provider: &dyn LockProvider, name: &str) -> Error {
-    let lock = provider.create_lock_with(name, LockOptions::new().retry_for(Duration::ZERO));
-    let error = within("an answer", lock.try_acquire()).await.expect_err("it can't be had");
-    assert_no_secret(&everything(&error));
-    error
-}
-
-async fn released(guard: LockGuard) {
-    let answer = within("the lock is released", guard.release()).await;
-    answer.unwrap_or_else(|error| panic!("{}", everything(&error)));
-}
-
-async fn closed(provider: &dyn LockProvider) {
-    within("the provider is closed", provider.close()).await.expect("closed");
-}
-
-/// Waits in a task.
-fn waits(provider: &dyn LockProvider, name: &str) -> JoinHandle<fencelock::Result<LockGuard>> {
-    let lock = provider.create_lock(name);
-    tokio::spawn(async move { lock.acquire().await })
-}
-
-async fn granted(waiter: JoinHandle<fencelock::Result<LockGuard>>) -> LockGuard {
-    let answer = within("a waiter has the lock", waiter).await.expect("it doesn't panic");
-    answer.unwrap_or_else(|error| panic!("{}", everything(&error)))
 }
 
 /// Repeats some SQL until its result is as wanted, without blocking the runtime for as long.

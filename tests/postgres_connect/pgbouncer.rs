@@ -324,12 +324,12 @@ async fn it_is_held_for_many_ttls() {
         return;
     }
     let scoped = Scoped::start();
-    let provider = connected(&scoped.url("ttl=1s")).await;
+    let provider = connected(&scoped.url("ttl=2s")).await;
     let direct = connected(&scoped.server.url()).await;
     let traffic = Traffic::start(&scoped.bouncer.url(), 2).await;
     let guard = take(&*provider, "x").await;
     let waiter = waits(&*direct, "x");
-    let lost = timeout(ms(4500), guard.lost()).await;
+    let lost = timeout(ms(7000), guard.lost()).await;
     assert!(lost.is_err(), "{lost:?}");
     assert!(!waiter.is_finished() && !is_free(&*direct, "x").await);
     released(guard).await;

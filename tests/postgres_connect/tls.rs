@@ -1,66 +1,29 @@
 //! `sslmode`, with rustls and with the system's TLS.
 
 use std::fs;
-use std::path::PathBuf;
-use std::process::Command;
 use std::time::Instant;
 
 use fencelock::ErrorKind;
 use tempfile::TempDir;
 
 use super::common::secs;
+use super::servers::authority::Authority;
+use super::servers::left_out;
 use super::servers::postgres::{PostgresOptions, PostgresServer};
-use super::servers::{left_out, program};
 use super::{connected, encoded, everything, refused, released, shows_what_it_can, take};
 
-/// An authority, and what it has issued to `localhost` and 127.0.0.1.
-struct Authority {
-    dir: TempDir,
+/// The authority's certificate as a parameter.
+fn trusted(authority: &Authority) -> String {
+    format!("sslrootcert={}", encoded(&authority.file("ca.pem").display().to_string()))
 }
 
-impl Authority {
-    fn new() -> Self {
-        Self::of("DNS:localhost,IP:127.0.0.1")
-    }
+fn options(authority: &Authority) -> PostgresOptions {
+    PostgresServer::options().tls(&authority.file("server.pem"), &authority.file("server.key"), None)
+}
 
-    /// Whose server is called something.
-    fn of(names: &str) -> Self {
-        let authority = Self { dir: TempDir::new().expect("a directory") };
-        fs::write(authority.file("extensions"), format!("subjectAltName={names}\n")).expect("written");
-        let new_key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-        let own = ["req", "-x509", "-subj", "/CN=authority", "-keyout", "ca.key", "-out", "ca.pem"];
-        authority.openssl(&[&own[..], &new_key].concat());
-        let request = ["req", "-subj", "/CN=server", "-keyout", "server.key", "-out", "server.request"];
-        authority.openssl(&[&request[..], &new_key].concat());
-        let issue = ["x509", "-req", "-in", "server.request", "-CA", "ca.pem", "-CAkey", "ca.key"];
-        let options = ["-set_serial", "1", "-days", "2", "-extfile", "extensions", "-out", "server.pem"];
-        authority.openssl(&[&issue[..], &options].concat());
-        authority
-    }
-
-    fn openssl(&self, arguments: &[&str]) {
-        let mut command = Command::new(program("openssl", "openssl"));
-        let made = command.args(arguments).current_dir(self.dir.path()).output().expect("it starts");
-        assert!(made.status.success(), "{made:?}");
-    }
-
-    fn file(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// As a parameter.
-    fn trusted(&self) -> String {
-        format!("sslrootcert={}", encoded(&self.file("ca.pem").display().to_string()))
-    }
-
-    fn options(&self) -> PostgresOptions {
-        PostgresServer::options().tls(&self.file("server.pem"), &self.file("server.key"), None)
-    }
-
-    /// Whose user `app` has to come over TLS.
-    fn server(&self) -> PostgresServer {
-        self.options().hba("hostnossl all app all reject").start()
-    }
+/// Whose user `app` has to come over TLS.
+fn encrypted(authority: &Authority) -> PostgresServer {
+    options(authority).hba("hostnossl all app all reject").start()
 }
 
 fn url(server: &PostgresServer, host: &str, query: &str) -> String {
@@ -92,8 +55,8 @@ async fn an_authority_of_its_own_is_trusted() {
         return;
     }
     let authority = Authority::new();
-    let server = authority.server();
-    let trusted = authority.trusted();
+    let server = encrypted(&authority);
+    let trusted = trusted(&authority);
     let one = connected(&url(&server, "localhost", &format!("sslmode=require&{trusted}"))).await;
     let other = connected(&url(&server, "127.0.0.1", &format!("sslmode=verify-full&{trusted}"))).await;
     shows_what_it_can(&*one, &*other, &server, "x").await;
@@ -110,18 +73,18 @@ async fn others_are_not() {
     }
     let (authority, another) = (Authority::new(), Authority::new());
     let elsewhere = Authority::of("DNS:elsewhere.example,IP:127.0.0.9");
-    let server = authority.server();
+    let server = encrypted(&authority);
     for mode in ["require", "verify-full"] {
         for host in ["localhost", "127.0.0.1"] {
             // Neither by somebody else, nor by the system.
-            assert_untrusted(&url(&server, host, &format!("sslmode={mode}&{}", another.trusted()))).await;
+            assert_untrusted(&url(&server, host, &format!("sslmode={mode}&{}", trusted(&another)))).await;
             assert_untrusted(&url(&server, host, &format!("sslmode={mode}"))).await;
         }
     }
     // The right authority, and another's name.
-    let server = elsewhere.server();
+    let server = encrypted(&elsewhere);
     for host in ["localhost", "127.0.0.1"] {
-        assert_untrusted(&url(&server, host, &format!("sslmode=require&{}", elsewhere.trusted()))).await;
+        assert_untrusted(&url(&server, host, &format!("sslmode=require&{}", trusted(&elsewhere)))).await;
     }
 }
 
@@ -131,7 +94,7 @@ async fn without_a_mode_it_takes_what_there_is() {
         return;
     }
     // Whoever has issued the certificate, to whomever.
-    let server = Authority::of("DNS:elsewhere.example").server();
+    let server = encrypted(&Authority::of("DNS:elsewhere.example"));
     for query in ["", "sslmode=prefer"] {
         let provider = connected(&url(&server, "127.0.0.1", query)).await;
         released(take(&*provider, "x").await).await;
@@ -155,21 +118,21 @@ async fn what_is_asked_for_and_what_is_offered_must_fit() {
         return;
     }
     let authority = Authority::new();
-    let server = authority.server();
+    let server = encrypted(&authority);
     // The server wants it, and the URL doesn't.
     let error = soon_refused(&url(&server, "127.0.0.1", "sslmode=disable")).await;
     assert_eq!(error.kind(), ErrorKind::Denied, "{}", everything(&error));
     // The URL wants it, and the server has none.
     let plain = PostgresServer::start();
     for query in ["sslmode=require", "sslmode=verify-full"] {
-        let query = format!("{query}&{}", authority.trusted());
+        let query = format!("{query}&{}", trusted(&authority));
         let error = soon_refused(&url(&plain, "127.0.0.1", &query)).await;
         let said = everything(&error);
         assert!(matches!(error.kind(), ErrorKind::Unavailable | ErrorKind::Config), "{said}");
         assert!(said.to_lowercase().contains("tls"), "{said}");
     }
     // A server that offers it and takes who comes without.
-    let both = authority.options().start();
+    let both = options(&authority).start();
     let provider = connected(&url(&both, "127.0.0.1", "sslmode=disable")).await;
     released(take(&*provider, "x").await).await;
     super::until(&both, ENCRYPTED, "0 1").await;

@@ -15,88 +15,25 @@ mod sentinel;
 mod tls;
 mod urls;
 
-use std::error::Error as _;
-use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::time::Duration;
 
 use common::ms;
 use fencelock::redis::driver::Client;
 use fencelock::redis::{RedisLocks, lock_key};
-use fencelock::{Error, LockGuard, LockOptions, LockProvider, Provider, connect};
-use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
-use servers::locks::within;
+use fencelock::{LockProvider, Provider};
+use servers::connecting::{
+    assert_no_secret, built, connected, encoded, everything, granted, is_free, refused, take, waits,
+};
 use servers::redis::RedisServer;
-use tokio::task::JoinHandle;
 
 /// A password with everything that means something in a URL.
 const PASSWORD: &str = "never/to@be:seen#?,%&=";
-
-fn encoded(text: &str) -> String {
-    utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
-}
-
-async fn connected(url: &str) -> Box<dyn LockProvider> {
-    within("connect", connect(url)).await.unwrap_or_else(|error| panic!("{}", everything(&error)))
-}
-
-async fn refused(url: &str) -> Error {
-    match within("connect", connect(url)).await {
-        Ok(provider) => panic!("accepted: {provider:?}"),
-        Err(error) => {
-            assert_no_secret(&everything(&error));
-            error
-        }
-    }
-}
-
-/// What an error can show in any way.
-fn everything(error: &Error) -> String {
-    let mut text = format!("{error} {error:?}");
-    let mut source = error.source();
-    while let Some(cause) = source {
-        write!(text, " <- {cause} {cause:?}").expect("a string takes all");
-        source = cause.source();
-    }
-    text
-}
-
-fn assert_no_secret(text: &str) {
-    for secret in [PASSWORD, &encoded(PASSWORD), "never"] {
-        assert!(!text.contains(secret), "a password is shown: {text}");
-    }
-}
 
 /// Locks of one server, without `connect`.
 fn locks(addr: SocketAddr, ttl: Duration) -> Provider<RedisLocks> {
     let client = Client::open(format!("redis://{addr}")).expect("a URL of ours");
     built(RedisLocks::new(client), ttl)
-}
-
-fn built<B: fencelock::backend::Backend>(locks: B, ttl: Duration) -> Provider<B> {
-    Provider::builder(locks).options(LockOptions::new().ttl(ttl)).build().expect("possible options")
-}
-
-async fn take(provider: &dyn LockProvider, name: &str) -> LockGuard {
-    within("the lock is taken", provider.create_lock(name).acquire())
-        .await
-        .unwrap_or_else(|error| panic!("{}", everything(&error)))
-}
-
-async fn is_free(provider: &dyn LockProvider, name: &str) -> bool {
-    let answer = within("an answer", provider.create_lock(name).try_acquire()).await;
-    answer.unwrap_or_else(|error| panic!("{}", everything(&error))).is_some()
-}
-
-/// Waits in a task.
-fn waits(provider: &dyn LockProvider, name: &str) -> JoinHandle<fencelock::Result<LockGuard>> {
-    let lock = provider.create_lock(name);
-    tokio::spawn(async move { lock.acquire().await })
-}
-
-async fn granted(waiter: JoinHandle<fencelock::Result<LockGuard>>) -> LockGuard {
-    let answer = within("a waiter has the lock", waiter).await.expect("it doesn't panic");
-    answer.unwrap_or_else(|error| panic!("{}", everything(&error)))
 }
 
 /// Waits until so many are in the server's queue.

@@ -1,16 +1,20 @@
 //! Taking locks, of whatever server.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use fencelock::{LockGuard, LockProvider};
+use fencelock::{FencingToken, LockGuard, LockProvider};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+
+use super::proxy::Proxy;
 
 /// How much longer than promised a busy machine may take.
 pub(crate) const SLACK: Duration = Duration::from_secs(2);
 
 /// Far longer than anything takes, on a busy machine too.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Awaits what has to happen.
 pub(crate) async fn within<F: Future>(event: &str, future: F) -> F::Output {
@@ -37,4 +41,89 @@ pub(crate) async fn granted(waiter: JoinHandle<(LockGuard, Instant)>) -> (LockGu
 
 pub(crate) async fn take(provider: &impl LockProvider, name: &str) -> LockGuard {
     within("the lock is taken", provider.create_lock(name).acquire()).await.expect("the server is there")
+}
+
+/// What a network does to a holder.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Fault {
+    /// Nothing arrives until it is over, and then everything does, as TCP sends it again.
+    HoldRequests,
+    HoldReplies,
+    /// Nothing arrives, and nothing is sent again.
+    CutRequests,
+    CutReplies,
+    DelayRequests(Duration),
+    DelayReplies(Duration),
+}
+
+impl Fault {
+    pub(crate) fn begin(self, proxy: &Proxy) {
+        match self {
+            Self::HoldRequests => proxy.hold_requests(),
+            Self::HoldReplies => proxy.hold_replies(),
+            Self::CutRequests => proxy.cut_requests(),
+            Self::CutReplies => proxy.cut_replies(),
+            Self::DelayRequests(by) => proxy.delay_requests(by),
+            Self::DelayReplies(by) => proxy.delay_replies(by),
+        }
+    }
+
+    pub(crate) fn end(proxy: &Proxy) {
+        proxy.heal();
+        proxy.release_requests();
+        proxy.release_replies();
+        proxy.delay_requests(Duration::ZERO);
+        proxy.delay_replies(Duration::ZERO);
+    }
+}
+
+/// A random number below `end`, from a seed that is printed.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn new() -> Self {
+        let seed = RandomState::new().hash_one(0) | 1;
+        println!("seed: {seed}");
+        Self(seed)
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % end
+    }
+}
+
+/// A grant that was asked for, and got, at these times.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Drawn {
+    pub(crate) token: FencingToken,
+    pub(crate) asked: Instant,
+    pub(crate) got: Instant,
+}
+
+/// How many grants of a name there were. Tokens must be distinct, and rise where it is certain which was drawn first.
+///
+/// # Panics
+///
+/// If they don't.
+pub(crate) fn judge(drawn: &[Drawn]) -> usize {
+    let tokens: HashSet<_> = drawn.iter().map(|drawn| drawn.token).collect();
+    assert_eq!(tokens.len(), drawn.len(), "a token was drawn twice");
+    let (mut by_got, mut by_asked) = (drawn.to_vec(), drawn.to_vec());
+    by_got.sort_by_key(|drawn| drawn.got);
+    by_asked.sort_by_key(|drawn| drawn.asked);
+    let (mut earlier, mut highest) = (by_got.into_iter().peekable(), None::<Drawn>);
+    for later in by_asked {
+        while let Some(before) = earlier.next_if(|before| before.got <= later.asked) {
+            if highest.is_none_or(|highest| highest.token < before.token) {
+                highest = Some(before);
+            }
+        }
+        if let Some(highest) = highest {
+            assert!(highest.token < later.token, "{highest:?} was before {later:?}");
+        }
+    }
+    drawn.len()
 }

@@ -2,8 +2,12 @@
 //!
 //! - [`redis::RedisServer`]: a Redis that can be killed, restarted, frozen, and given another wall clock.
 //! - [`postgres::PostgresServer`]: the same for PostgreSQL, and a standby; [`pgbouncer::PgBouncer`] in front of it.
+//! - [`azurite::AzuriteServer`]: the same for Azurite, which stands for Azure Blob Storage.
+//! - `sqlserver::SqlServer`: a stand-in for SQL Server, in the test's own process.
+//! - `azurite_locks`, `postgres_locks`, `redis_locks`, `sqlserver_locks`: what these show of locks.
 //! - [`proxy::Proxy`]: a network between client and server that loses, delays, holds back and resets.
 //! - [`holder::Holder`]: another process that holds a lock, and can be killed or frozen.
+//! - [`locks`]: taking locks, and judging histories; [`connecting`]: coming to a server; [`authority`]: certificates.
 //! - [`ChildServer`]: what is common to the servers, whichever they are.
 //!
 //! Every server listens on a free port of 127.0.0.1, has a temporary directory of its own, and is gone once its value
@@ -11,6 +15,11 @@
 //! takes. A program that is missing is a panic that names its Debian package. Only [`left_out`] may skip a test.
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
+pub(crate) mod authority;
+pub(crate) mod azurite;
+#[cfg(feature = "azure")]
+pub(crate) mod azurite_locks;
+pub(crate) mod connecting;
 pub(crate) mod holder;
 pub(crate) mod locks;
 pub(crate) mod pgbouncer;
@@ -22,6 +31,10 @@ pub(crate) mod redis;
 #[cfg(feature = "redis")]
 pub(crate) mod redis_locks;
 mod resp;
+#[cfg(feature = "sqlserver")]
+pub(crate) mod sqlserver;
+#[cfg(feature = "sqlserver")]
+pub(crate) mod sqlserver_locks;
 
 use std::fs::{self, File};
 use std::hash::{BuildHasher, RandomState};

@@ -115,7 +115,7 @@ impl<S: Server> Sessions<S> {
                 }));
                 Carried::new(&runtime, async move {
                     let other = helper.user();
-                    let cancelled = other.request(other.connection.cancel(&waiting.connection)).await;
+                    let cancelled = other.errand(other.connection.cancel(&waiting.connection)).await;
                     if cancelled.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
                         waiting.break_off(); // it may arrive at any time
                     }

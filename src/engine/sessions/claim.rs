@@ -350,6 +350,8 @@ async fn wait_for_grant<S: Server>(
             Stage::Broken(session, error)
         }
         answer => {
+            // From here on nobody cancels it any more.
+            entry.set(Stage::Asking(session.clone()));
             // A cancel that is still on its way must not hit what is done here next.
             user.cancels_over().await;
             user.stand_anew(Instant::now(), ttl);

@@ -103,7 +103,7 @@ impl<S: Server> Pool<S> {
         *lock(&entry.waiting) =
             Some(Waiting { slot, listening: self.listeners.listen(key), announced: Some(user.clone()) });
         let key = key.clone();
-        let announce = async move { user.request(user.connection.announce(&key)).await };
+        let announce = async move { user.errand(user.connection.announce(&key)).await };
         if let Err(error) = Carried::new(&runtime, announce).await {
             tracing::debug!(%error, "a release may not be heard: the lock is looked at instead"); // twice a second
         }
@@ -135,7 +135,7 @@ fn withdrawal<S: Server>(waiting: Option<Waiting<S>>) -> Option<Carried<()>> {
     let (user, key) = (announced?, listening.key().clone());
     let runtime = user.runtime.clone();
     Some(Carried::new(&runtime, async move {
-        if let Err(error) = user.request(user.connection.withdraw(&key)).await {
+        if let Err(error) = user.errand(user.connection.withdraw(&key)).await {
             tracing::debug!(%error, "a waiter's announcement stays until its session ends");
         }
     }))

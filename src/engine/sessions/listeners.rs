@@ -20,6 +20,7 @@ impl<K> Default for Listeners<K> {
 
 impl<K: Clone + Eq + Hash> Listeners<K> {
     /// The lock of this key has been released.
+    #[cfg(any(test, feature = "postgres"))]
     pub(crate) fn wake(&self, key: &K) {
         if let Some(listeners) = lock(&self.0).get(key) {
             for listener in listeners {

@@ -115,10 +115,17 @@ pub(crate) trait Connection: Debug + Send + Sync + 'static {
     /// held there.
     fn terminate(&self, other: &Self) -> impl Future<Output = Result<()>> + Send;
 
-    /// Lets releases of this lock be heard here, until [`withdraw`](Self::withdraw).
-    fn announce(&self, key: &Self::Key) -> impl Future<Output = Result<()>> + Send;
+    /// Lets releases of this lock be heard here, until [`withdraw`](Self::withdraw). By default nobody tells of any: who waits
+    /// without a session looks.
+    fn announce(&self, key: &Self::Key) -> impl Future<Output = Result<()>> + Send {
+        let _ = key;
+        async { Ok(()) }
+    }
 
-    fn withdraw(&self, key: &Self::Key) -> impl Future<Output = Result<()>> + Send;
+    fn withdraw(&self, key: &Self::Key) -> impl Future<Output = Result<()>> + Send {
+        let _ = key;
+        async { Ok(()) }
+    }
 
     /// Whether it has ended as far as this end knows, without waiting for it.
     fn is_over(&self) -> Option<Ended>;

@@ -216,6 +216,14 @@ impl<S: Server> Pool<S> {
         // The last requests of opening are later than this: the server's time begins later, too.
         let sent = Instant::now();
         let connection = self.server.open(role, ttl, &self.listeners).await?;
+        // Where that has taken a good part of the TTL, another request tells how long it stands.
+        let sent = if sent.elapsed() > ttl / 3 {
+            let sent = Instant::now();
+            connection.beat().await?;
+            sent
+        } else {
+            sent
+        };
         let session = LockSession::new(connection, ttl, sent);
         {
             let mut all = lock(&self.all);
@@ -244,7 +252,7 @@ impl<S: Server> Pool<S> {
         let terminate = async || {
             let helper = self.helper(session.ttl()).await?;
             let other = helper.user();
-            other.request(other.connection.terminate(&session.connection)).await?;
+            other.errand(other.connection.terminate(&session.connection)).await?;
             Ok(())
         };
         session.terminated.get_or_try_init(terminate).await.map(drop)

@@ -131,17 +131,12 @@ impl<C: Connection> LockSession<C> {
         Some(User(self.clone()))
     }
 
-    /// Sends a request and heeds what its answer says about the session.
+    /// Sends a request, of one round trip, and heeds what its answer says about the session.
     pub(super) async fn request<T>(&self, request: impl Future<Output = Result<T>>) -> Result<T> {
         let sent = Instant::now();
-        if let Some(ended) = self.connection.is_over() {
-            self.end(ended, ENDED);
-        }
+        self.check()?;
         {
             let mut state = lock(&self.state);
-            if state.ended.is_some() {
-                return Err(Error::new(ErrorKind::Unavailable, "the session has ended"));
-            }
             if state.unanswered == 0 {
                 state.silent_since = sent;
             }
@@ -150,12 +145,7 @@ impl<C: Connection> LockSession<C> {
         let asked = OnDrop(Some(|| lock(&self.state).unanswered -= 1));
         let answer = request.await;
         drop(asked);
-        if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
-            self.break_off();
-            return answer;
-        }
-        if let Some(ended) = self.connection.is_over().filter(|_| answer.is_err()) {
-            self.end(ended, ENDED);
+        if !self.goes_on(&answer) {
             return answer;
         }
         let mut state = lock(&self.state);
@@ -165,6 +155,38 @@ impl<C: Connection> LockSession<C> {
             state.stands.extend(until);
         }
         answer
+    }
+
+    /// Does something over it that may take several round trips, or none: that says nothing about how long it stands.
+    pub(super) async fn errand<T>(&self, errand: impl Future<Output = Result<T>>) -> Result<T> {
+        self.check()?;
+        let answer = errand.await;
+        self.goes_on(&answer);
+        answer
+    }
+
+    /// That it hasn't ended.
+    fn check(&self) -> Result<()> {
+        if let Some(ended) = self.connection.is_over() {
+            self.end(ended, ENDED);
+        }
+        match self.ended() {
+            Some(_) => Err(Error::new(ErrorKind::Unavailable, "the session has ended")),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether it does after this answer.
+    fn goes_on<T>(&self, answer: &Result<T>) -> bool {
+        if answer.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
+            self.break_off();
+            return false;
+        }
+        if let Some(ended) = self.connection.is_over().filter(|_| answer.is_err()) {
+            self.end(ended, ENDED);
+            return false;
+        }
+        true
     }
 
     /// For how long nothing has been answered, if something is to be.

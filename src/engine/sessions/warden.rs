@@ -124,7 +124,7 @@ async fn answer_is_lost<S: Server>(pool: &Arc<Pool<S>>, session: &LockSession<S:
         let ask = async {
             let helper = pool.helper(session.ttl()).await?;
             let other = helper.user();
-            let answered = other.request(other.connection.has_answered(&session.connection)).await?;
+            let answered = other.errand(other.connection.has_answered(&session.connection)).await?;
             Ok::<_, Error>(answered)
         };
         if !matches!(tokio::time::timeout(DOUBT_AFTER, ask).await, Ok(Ok(true))) {
