@@ -87,7 +87,7 @@ fn short_job_process() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn holders_that_die_or_stand_still_and_leases_that_run_out() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = Arc::new(block_in_place(AzuriteServer::start));
@@ -261,7 +261,7 @@ type Deed = fn(&AzuriteServer);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn what_an_administrator_does_is_heard_with_the_next_renewal() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = Arc::new(block_in_place(AzuriteServer::start));
@@ -306,7 +306,7 @@ async fn a_lock_that_is_taken_away(server: Arc<AzuriteServer>, container: &str, 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn services_that_are_down_or_stand_still_or_are_slow() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let mut scenarios = JoinSet::new();
@@ -431,7 +431,7 @@ async fn a_slow_service() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn replies_that_are_lost() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = Arc::new(block_in_place(AzuriteServer::start));
@@ -619,7 +619,7 @@ async fn contention_over_a_network_that_fails(server: Arc<AzuriteServer>) {
 /// without; other metadata of the blob stays.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_rise_and_other_metadata_stays() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = block_in_place(AzuriteServer::start);
@@ -662,7 +662,7 @@ async fn tokens_rise_and_other_metadata_stays() {
 /// A token that can't be read, or can't be exceeded, is an error at once, and leaves no lease.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn garbage_for_a_token_is_an_error_that_leaves_no_lease() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = block_in_place(AzuriteServer::start);
@@ -695,7 +695,7 @@ async fn garbage_for_a_token_is_an_error_that_leaves_no_lease() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_asks_for_all_who_wait_in_a_process() {
     const WAITERS: usize = 50;
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = block_in_place(AzuriteServer::start);

@@ -52,7 +52,7 @@ fn connect_in(url: &str, variables: &[Variable<'_>]) -> String {
 /// The right to an account comes from the URL, or else from the first of three variables.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_right_comes_from_the_url_or_the_environment() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = start();
@@ -105,7 +105,7 @@ async fn the_right_comes_from_the_url_or_the_environment() {
 /// The example of the daily mail, as it is run with a container of Azure.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_daily_mail_is_sent_once() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = start();

@@ -19,7 +19,7 @@ use super::{assert_no_secret, exclude_each_other, start, take};
 /// A client of one's own, here with the URL of a signature, excludes others with a key.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = start();
@@ -45,7 +45,7 @@ fn several_runtimes_use_one_provider() {
         let options = LockOptions::new().ttl(secs(15));
         Provider::builder(locks(server, server.addr(), "locks")).options(options).build().expect("possible")
     });
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = SERVER.get_or_init(AzuriteServer::start);

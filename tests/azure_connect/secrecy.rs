@@ -160,7 +160,7 @@ fn assert_ids_are_of_no_use(server: &AzuriteServer, shown: &Shown) {
 /// Nothing of that is shown by a provider with a key, with a signature, or with a client of one's own.
 #[test]
 fn nothing_secret_is_shown() {
-    if left_out("azurite") {
+    if left_out("azure") {
         return;
     }
     let server = AzuriteServer::start();

@@ -39,7 +39,7 @@ fn locks(connection_string: &str, container: &str) -> AzureLocks {
 #[async_trait]
 impl Target for Azure {
     fn name(&self) -> &'static str {
-        "azblob"
+        "azure"
     }
 
     fn capabilities(&self) -> Capabilities {

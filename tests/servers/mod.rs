@@ -5,6 +5,7 @@
 //! - [`azurite::AzuriteServer`]: the same for Azurite, which stands for Azure Blob Storage.
 //! - `sqlserver::SqlServer`: a stand-in for SQL Server, in the test's own process.
 //! - `azurite_locks`, `postgres_locks`, `redis_locks`, `sqlserver_locks`: what these show of locks.
+//! - [`rigs::Rig`]: any of these, with its backend, behind one face.
 //! - [`proxy::Proxy`]: a network between client and server that loses, delays, holds back and resets.
 //! - [`holder::Holder`]: another process that holds a lock, and can be killed or frozen.
 //! - [`locks`]: taking locks, and judging histories; [`connecting`]: coming to a server; [`authority`]: certificates.
@@ -31,6 +32,7 @@ pub(crate) mod redis;
 #[cfg(feature = "redis")]
 pub(crate) mod redis_locks;
 mod resp;
+pub(crate) mod rigs;
 #[cfg(feature = "sqlserver")]
 pub(crate) mod sqlserver;
 #[cfg(feature = "sqlserver")]

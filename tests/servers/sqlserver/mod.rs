@@ -316,6 +316,13 @@ impl SqlServer {
         self.shared.world().locks.on(&database.to_lowercase(), resource).1
     }
 
+    /// How many rows all tables of a database have together.
+    pub(crate) fn rows(&self, database: &str) -> usize {
+        let world = self.shared.world();
+        let database = world.databases.get(database).expect("there is this database");
+        database.tables.values().map(|table| table.rows.len()).sum()
+    }
+
     /// Waits until so many wait for an application lock.
     ///
     /// # Panics
