@@ -7,7 +7,8 @@ use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -16,7 +17,9 @@ use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode
 use rustix::process::Signal;
 use sha2::{Digest as _, Sha256};
 
-use super::{ATTEMPTS, ChildServer, PATIENCE, PortTaken, free_port, program, signal, state, wait_until};
+use super::{
+    ATTEMPTS, ChildServer, PATIENCE, POLL, PortTaken, free_port, program, signal, state, wait_until,
+};
 
 /// The account that Azurite has, and that everybody knows.
 pub(crate) const ACCOUNT: &str = "devstoreaccount1";
@@ -234,6 +237,17 @@ impl AzuriteServer {
         signal(pid, Signal::TERM);
         wait_until("Azurite has ended", || matches!(state(pid), None | Some('Z')));
         self.kill(); // nothing but to forget it
+    }
+
+    /// [`stop`](Self::stop) for a network that cuts requests in the middle, for which it would wait: after this time it is
+    /// killed. It saves what it has every five seconds.
+    pub(crate) fn stop_within(&self, patience: Duration) {
+        let (pid, began) = (self.pid(), Instant::now());
+        signal(pid, Signal::TERM);
+        while !matches!(state(pid), None | Some('Z')) && began.elapsed() < patience {
+            thread::sleep(POLL);
+        }
+        self.kill();
     }
 
     /// Starts it on the same port, after it was [stopped](Self::stop), unless it is down. Without

@@ -47,10 +47,16 @@ pub(crate) enum Step {
 impl Holder {
     /// Starts one that connects to `url` and wants `lock`.
     pub(crate) fn start(url: &str, lock: &str) -> Self {
+        Self::start_under(&[], url, lock)
+    }
+
+    /// [`start`](Self::start) by way of another program, whose last arguments are a program and its arguments.
+    pub(crate) fn start_under(wrapper: &[&str], url: &str, lock: &str) -> Self {
         // Ends with us, frozen or not.
         let mut command = Command::new(program("setpriv", "util-linux"));
         command
             .args(["--pdeathsig", "KILL", "--"])
+            .args(wrapper)
             .arg(std::env::current_exe().expect("this program has a path"))
             .args(["--exact", "holder_process", "--ignored", "--nocapture"])
             .env(URL, url)
@@ -94,6 +100,13 @@ impl Holder {
         token.unwrap_or_else(|| panic!("it should hold the lock, and says: {line}"))
     }
 
+    /// Waits for the error that it gets instead of the lock, as it is displayed. It ends after that.
+    pub(crate) async fn fails(&mut self) -> String {
+        let line = self.says().await;
+        assert!(!line.starts_with("holds "), "it shouldn't get the lock");
+        line
+    }
+
     /// Whether it has said nothing but that it is connected since it was last listened to.
     pub(crate) fn is_silent(&mut self) -> bool {
         self.said.try_recv().map_or(true, |line| line == CONNECTED && self.said.is_empty())
@@ -134,6 +147,11 @@ impl Drop for Holder {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Whether this process is one, for programs without a test harness.
+pub(crate) fn is_played() -> bool {
+    std::env::var_os(URL).is_some()
 }
 
 /// What the process does.

@@ -93,6 +93,12 @@ impl Random {
         self.0 ^= self.0 << 17;
         self.0 % end
     }
+
+    /// One of these.
+    pub(crate) fn pick<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        let place = self.below(of.len() as u64);
+        &of[usize::try_from(place).expect("it is below a length")]
+    }
 }
 
 /// A grant that was asked for, and got, at these times.

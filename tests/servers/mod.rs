@@ -54,6 +54,9 @@ use tempfile::TempDir;
 /// How long a server may take for anything that it is asked to do. Only a test that fails waits that long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long a server may take to come up, on a machine on which many others do, too.
+const START: Duration = Duration::from_secs(60);
+
 /// The time between two looks at something that can't be awaited.
 const POLL: Duration = Duration::from_millis(2);
 
@@ -62,14 +65,19 @@ const ATTEMPTS: usize = 10;
 
 /// Whether `FENCELOCK_SKIP` names `backend`, which is then said past the capturing of output by the test harness.
 pub(crate) fn left_out(backend: &str) -> bool {
-    let skip = std::env::var("FENCELOCK_SKIP").unwrap_or_default();
-    let left_out = skip.split(',').any(|name| name.trim() == backend);
+    let left_out = is_left_out(backend);
     if left_out {
         let test = thread::current().name().unwrap_or("a test").to_owned();
         writeln!(io::stderr(), "FENCELOCK_SKIP: {backend} is left out, so {test} shows nothing")
             .expect("stderr is open");
     }
     left_out
+}
+
+/// [`left_out`], for those who say it themselves.
+pub(crate) fn is_left_out(backend: &str) -> bool {
+    let skip = std::env::var("FENCELOCK_SKIP").unwrap_or_default();
+    skip.split(',').any(|name| name.trim() == backend)
 }
 
 /// The path of a program.
@@ -169,8 +177,8 @@ impl ChildServer {
                 panic!("{} ended with {status}, having said:\n{}", self.name, self.output());
             }
             assert!(
-                began.elapsed() < PATIENCE,
-                "{} wasn't up within {PATIENCE:?}, having said:\n{}",
+                began.elapsed() < START,
+                "{} wasn't up within {START:?}, having said:\n{}",
                 self.name,
                 self.output(),
             );
@@ -211,6 +219,17 @@ impl ChildServer {
     /// If it was killed.
     pub(crate) fn pid(&self) -> u32 {
         lock(&self.child).as_ref().expect("it runs").id()
+    }
+
+    /// What it, and what it has started, has in memory, in bytes. What several share is counted once.
+    pub(crate) fn memory(&self) -> u64 {
+        let share = |pid: u32| -> Option<u64> {
+            // A process may have ended just now.
+            let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).ok()?;
+            let line = text.lines().find_map(|line| line.strip_prefix("Pss:"))?;
+            line.trim().trim_end_matches(" kB").parse().ok()
+        };
+        family(self.pid()).into_iter().filter_map(share).sum::<u64>() * 1024
     }
 
     /// Whether a process of this server, and not of another, listens on `port`.
@@ -270,7 +289,7 @@ impl Drop for ChildServer {
 
 /// The death signal comes with the end of the *thread* that started the process, and each test has one of its own.
 /// A server that several tests share must outlive the one which happened to start it.
-fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
+pub(crate) fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     type Job = (Command, mpsc::Sender<io::Result<Child>>);
     static JOBS: LazyLock<mpsc::Sender<Job>> = LazyLock::new(|| {
         let (jobs, queue) = mpsc::channel::<Job>();
@@ -287,14 +306,14 @@ fn spawn_from_lasting_thread(command: Command) -> io::Result<Child> {
     spawned.recv().expect("the thread never ends")
 }
 
-fn signal(pid: u32, signal: Signal) {
+pub(crate) fn signal(pid: u32, signal: Signal) {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("the kernel's ids fit");
     // It may have ended by itself.
     let _ = kill_process(pid, signal);
 }
 
 /// Stops a process and its descendants, parents first since those start others. Returns all of them.
-fn freeze(pid: u32) -> Vec<u32> {
+pub(crate) fn freeze(pid: u32) -> Vec<u32> {
     signal(pid, Signal::STOP);
     wait_until("the process is stopped", || matches!(state(pid), None | Some('T' | 't' | 'Z' | 'X')));
     let mut all = vec![pid];

@@ -12,7 +12,6 @@ use super::{Connection, Server};
 use crate::backend::{Claim, Instant};
 use crate::engine::carried::Carried;
 use crate::engine::lock;
-use crate::engine::worker::OnDrop;
 use crate::error::{ErrorKind, Result};
 
 /// How long a cancelled wait may take to end, at each of several tries.
@@ -101,25 +100,18 @@ impl<S: Server> Sessions<S> {
             }
             let mut changed = std::pin::pin!(entry.changed.notified());
             changed.as_mut().enable();
-            if !matches!(&*lock(&entry.stage), Stage::Blocked { .. }) {
-                return;
-            }
+            let Some(sending) = entry.cancel_begins(session) else { return };
             let patience = CANCEL_PATIENCE * 2u32.pow(tries);
             let cancel = async {
                 let helper = self.0.helper(ttl).await?;
                 let (runtime, waiting) = (helper.user().runtime.clone(), session.clone());
-                waiting.cancel_begins();
-                let ends = OnDrop(Some({
-                    let waiting = waiting.clone();
-                    move || waiting.cancel_ends()
-                }));
                 Carried::new(&runtime, async move {
                     let other = helper.user();
                     let cancelled = other.errand(other.connection.cancel(&waiting.connection)).await;
                     if cancelled.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
                         waiting.break_off(); // it may arrive at any time
                     }
-                    drop(ends);
+                    drop(sending);
                     cancelled
                 })
                 .await

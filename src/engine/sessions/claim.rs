@@ -63,6 +63,26 @@ impl<S: Server> Entry<S> {
         self.changed.notify_waiters();
     }
 
+    /// The wait on the server is over, and from here on nobody cancels it. Whether somebody has.
+    fn blocks_no_more(&self, session: &Arc<LockSession<S::Connection>>) -> bool {
+        let mut stage = lock(&self.stage);
+        let cancelled = matches!(&*stage, Stage::Blocked { cancelled_at: Some(_), .. });
+        *stage = Stage::Asking(session.clone());
+        drop(stage);
+        self.changed.notify_waiters();
+        cancelled
+    }
+
+    /// Somebody cancels what this session does for the claim, until what is returned is dropped. `None`: it doesn't block
+    /// any more.
+    pub(super) fn cancel_begins(
+        &self,
+        session: &Arc<LockSession<S::Connection>>,
+    ) -> Option<impl Drop + Send + use<S>> {
+        let stage = lock(&self.stage); // so that it doesn't end before this is counted
+        matches!(&*stage, Stage::Blocked { .. }).then(|| session.cancel_begins())
+    }
+
     /// What a request came to: takes it, for whoever called.
     fn take(&self) -> Option<Result<Taken<S>>> {
         let mut stage = lock(&self.stage);
@@ -327,11 +347,11 @@ async fn wait_for_grant<S: Server>(
         // Nobody knows how long it would stand. Nothing is held on it, and the lease throws it away.
         return under_way.comes_to(Stage::Failed(not_asked(error)));
     }
-    let cancelled = || matches!(&*lock(&entry.stage), Stage::Blocked { cancelled_at: Some(_), .. });
     user.block();
     let sent = Instant::now();
     let mut answer = user.request(user.connection.lock(occupied.key())).await;
-    if answer.is_ok() && !cancelled() {
+    let cancelled = entry.blocks_no_more(&session);
+    if answer.is_ok() && !cancelled {
         // The server counts from the grant, we from the request. If that is long ago, another one tells how long it stands.
         if sent.elapsed() > ttl / 3 {
             let sent = Instant::now();
@@ -342,7 +362,7 @@ async fn wait_for_grant<S: Server>(
         }
     }
     let stage = match answer {
-        Ok(token) if !cancelled() => {
+        Ok(token) if !cancelled => {
             Stage::Granted(SessionHold::new(Place { occupied, on: On::Own(lease) }), token)
         }
         Err(error) if user.ended() == Some(Ended::ByServer) => Stage::Failed(not_asked(error)),
@@ -350,8 +370,6 @@ async fn wait_for_grant<S: Server>(
             Stage::Broken(session, error)
         }
         answer => {
-            // From here on nobody cancels it any more.
-            entry.set(Stage::Asking(session.clone()));
             // A cancel that is still on its way must not hit what is done here next.
             user.cancels_over().await;
             user.stand_anew(Instant::now(), ttl);
@@ -361,7 +379,7 @@ async fn wait_for_grant<S: Server>(
                     lease.give_back();
                     drop(occupied);
                     match answer {
-                        Err(error) if !cancelled() => Stage::Failed(error),
+                        Err(error) if !cancelled => Stage::Failed(error),
                         Ok(_) | Err(_) => Stage::Nothing,
                     }
                 }

@@ -200,15 +200,15 @@ impl<C: Connection> LockSession<C> {
         lock(&self.state).is_silent()
     }
 
-    /// Somebody sends a request to cancel what is done here.
-    pub(super) fn cancel_begins(&self) {
+    /// Somebody is about to send a request to cancel what is done here. It can't arrive any more once what is returned is
+    /// dropped.
+    pub(super) fn cancel_begins(self: &Arc<Self>) -> OnDrop<impl FnOnce() + use<C>> {
         lock(&self.state).cancels += 1;
-    }
-
-    /// That request can't arrive any more.
-    pub(super) fn cancel_ends(&self) {
-        lock(&self.state).cancels -= 1;
-        self.cancelled.notify_waiters();
+        let session = self.clone();
+        OnDrop(Some(move || {
+            lock(&session.state).cancels -= 1;
+            session.cancelled.notify_waiters();
+        }))
     }
 
     /// Resolves once no such request can arrive any more.

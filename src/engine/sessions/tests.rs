@@ -83,6 +83,8 @@ struct State {
     opened: usize,
     wrong: Vec<String>,
     latency: Duration,
+    /// How long it takes to open a session at least.
+    opening: Duration,
 }
 
 struct OnServer {
@@ -269,6 +271,7 @@ impl Fake {
             opened: 0,
             wrong: Vec::new(),
             latency: Duration::from_millis(1),
+            opening: Duration::ZERO,
         })))
     }
 
@@ -463,7 +466,8 @@ impl Server for Reached {
     }
 
     async fn open(&self, _: Role, ttl: Duration, listeners: &Arc<Listeners<Key>>) -> Result<FakeConnection> {
-        sleep(Duration::from_millis(u64::from(self.fake.random(5)))).await;
+        let opening = self.fake.state(|state| state.opening);
+        sleep(opening + Duration::from_millis(u64::from(self.fake.random(5)))).await;
         let fake = self.fake.clone();
         let (requests, received) = mpsc::unbounded_channel();
         let (over, poke) = (Arc::new(watch::channel(None).0), Arc::new(Notify::new()));
@@ -961,6 +965,41 @@ async fn a_cancelled_wait_leaves_nothing_however_it_ended() {
             drop(got);
             comes_to_rest(&fake, &[holder, waiter], &["a"]).await;
         }
+    }
+}
+
+/// A cancel takes its time. Where the wait ends before it is sent, it isn't for what the session does next.
+#[tokio::test(start_paused = true)]
+async fn a_cancel_does_not_hit_the_next_wait_on_its_session() {
+    for seed in 0..30 {
+        let fake = Fake::new(seed, Troubles::default());
+        let (holder, waiter) = (provider(&fake, 1), provider_of(&fake, 1, false, TTL));
+        let held = holder.create_lock("a").acquire().await.unwrap();
+        let next = holder.create_lock("b").acquire().await.unwrap();
+        let lock = waiter.create_lock("a");
+        let waits = timeout(Duration::from_millis(100), lock.acquire());
+        let frees = async {
+            sleep(Duration::from_millis(80)).await;
+            // There is no session left by which to cancel, and a new one takes its time.
+            let other = waiter.create_lock("c").acquire().await.unwrap();
+            fake.state(|state| state.opening = Duration::from_millis(30));
+            sleep(Duration::from_millis(25)).await; // given up, but not yet cancelled
+            held.release().await.unwrap();
+            other
+        };
+        let waits_for_next = async {
+            sleep(Duration::from_millis(50)).await; // in line for the session on which the other waits
+            waiter.create_lock("b").acquire().await
+        };
+        let frees_next = async {
+            sleep(Duration::from_millis(300)).await;
+            next.release().await
+        };
+        let (got, other, next, next_released) = tokio::join!(waits, frees, waits_for_next, frees_next);
+        next_released.unwrap();
+        assert_eq!(fake.asked(|ask| matches!(ask, Ask::Lock(key) if key == "b")), 1, "it was cancelled");
+        drop((got, other, next.unwrap()));
+        comes_to_rest(&fake, &[holder, waiter], &["a", "b", "c"]).await;
     }
 }
 

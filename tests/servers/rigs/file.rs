@@ -21,6 +21,8 @@ pub(super) const KIND: Kind = Kind {
         (Part::Server, NO_SERVER),
         (Part::Persistence, NO_SERVER),
         (Part::Minority, NO_SERVER),
+        (Part::Connections, NO_SERVER),
+        (Part::Password, "it asks for no password"),
         (Part::Data, "a lock file that is removed is one lock that is taken away"),
         (Part::Clock, "locks are the kernel's, and look at no wall clock"),
     ],

@@ -18,6 +18,8 @@ pub(super) const KIND: Kind = Kind {
         (Part::Server, NO_SERVER),
         (Part::Persistence, NO_SERVER),
         (Part::Minority, NO_SERVER),
+        (Part::Connections, NO_SERVER),
+        (Part::Password, "it asks for no password"),
         (Part::Data, "its data is the process's own memory"),
         (Part::Clock, "it doesn't look at a wall clock, but for tokens"),
         (Part::TakeAway, "nobody else gets at the process's memory"),

@@ -51,12 +51,19 @@ pub(crate) enum Part {
     Clock,
     /// An administrator who can take a lock away.
     TakeAway,
+    /// Connections that an administrator can end.
+    Connections,
+    /// A password, or what stands for one.
+    Password,
 }
 
 impl Kind {
     /// Why what needs these parts doesn't apply.
     pub(crate) fn obstacle(&self, needs: &[Part]) -> Option<&'static str> {
-        needs.iter().find_map(|need| self.lacks.iter().find(|(part, _)| part == need)).map(|(_, reason)| *reason)
+        needs
+            .iter()
+            .find_map(|need| self.lacks.iter().find(|(part, _)| part == need))
+            .map(|(_, reason)| *reason)
     }
 }
 
@@ -124,6 +131,27 @@ pub(crate) trait Rig: Debug + Send + Sync {
     /// Takes the lock away from its holder, as an administrator would. Does nothing if nobody holds it.
     fn take_away(&self, _name: &str) {
         self.lacks(Part::TakeAway)
+    }
+
+    /// Ends all connections of clients, as an administrator would.
+    fn end_connections(&self) {
+        self.lacks(Part::Connections)
+    }
+
+    /// A URL whose password is wrong. Where servers asked for none, they do from now on.
+    fn wrong_password(&self) -> String {
+        self.lacks(Part::Password)
+    }
+
+    /// What is in each request that claims a lock of this name with this TTL, but in no other of a provider that holds
+    /// nothing and wants nothing else.
+    fn claim_part(&self, _name: &str, _ttl: Duration) -> Vec<u8> {
+        self.lacks(Part::Server)
+    }
+
+    /// How many, of whichever process, are known to wait for a lock. `None` if that can't be seen.
+    fn waiters(&self, _name: &str) -> Option<usize> {
+        None
     }
 
     /// Something that an administrator may do to a server at any time, picked at random, such as ending a connection.

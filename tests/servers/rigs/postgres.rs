@@ -4,10 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{Kind, Part, Rig};
+use fencelock::postgres::lock_key;
+
 use super::super::locks::Random;
 use super::super::postgres::{DATABASE, PASSWORD, PostgresServer, USER};
 use super::super::postgres_locks::is_about;
+use super::{Kind, Part, Rig};
 
 pub(super) const KIND: Kind = Kind {
     name: "postgres",
@@ -56,6 +58,24 @@ impl Rig for PostgresRig {
     fn take_away(&self, name: &str) {
         let holder = format!("SELECT pid FROM pg_locks WHERE {} AND granted", is_about(name));
         self.0.sql(&format!("SELECT pg_terminate_backend(pid) FROM ({holder}) AS holder"));
+    }
+
+    fn end_connections(&self) {
+        let all = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{USER}'");
+        self.0.sql(&all);
+    }
+
+    fn wrong_password(&self) -> String {
+        self.url(KIND.short_ttl).replace(&format!(":{PASSWORD}@"), ":wrong@")
+    }
+
+    fn claim_part(&self, name: &str, _: Duration) -> Vec<u8> {
+        lock_key(name).to_be_bytes().to_vec()
+    }
+
+    fn waiters(&self, name: &str) -> Option<usize> {
+        let count = format!("SELECT count(*) FROM pg_locks WHERE {} AND NOT granted", is_about(name));
+        Some(self.0.sql(&count).parse().expect("a number"))
     }
 
     fn disturb(&self, random: &mut Random) -> bool {

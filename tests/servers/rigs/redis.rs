@@ -6,14 +6,14 @@ use std::time::Duration;
 
 use fencelock::redis::lock_key;
 
-use super::{Kind, Part, Rig};
 use super::super::locks::Random;
 use super::super::redis::RedisServer;
+use super::{Kind, Part, Rig};
 
 pub(super) const KIND: Kind = Kind {
     name: "redis",
     feature: "redis",
-    short_ttl: Duration::from_millis(1000),
+    short_ttl: Duration::from_secs(1),
     lacks: &[(Part::Minority, "it is one server: `redlock` is several")],
     start: || Arc::new(RedisRig(RedisServer::options().durable().with_clock().start())),
 };
@@ -58,6 +58,24 @@ impl Rig for RedisRig {
         self.0.command(&["DEL", &lock_key(name)]);
     }
 
+    fn end_connections(&self) {
+        end_connections(&self.0);
+    }
+
+    fn wrong_password(&self) -> String {
+        self.0.command(&["CONFIG", "SET", "requirepass", "right"]);
+        self.url(KIND.short_ttl).replace("redis://", "redis://:wrong@")
+    }
+
+    fn claim_part(&self, _: &str, _: Duration) -> Vec<u8> {
+        // The first claim of an acquire doesn't wait.
+        b"\r\ntry\r\n".to_vec()
+    }
+
+    fn waiters(&self, name: &str) -> Option<usize> {
+        Some(waiters(&self.0, name))
+    }
+
     fn disturb(&self, random: &mut Random) -> bool {
         disturb(&self.0, random);
         false
@@ -81,7 +99,19 @@ pub(super) fn disturb(server: &RedisServer, random: &mut Random) {
         &["CLIENT", "PAUSE", "100", "WRITE"],
     ];
     // It may be down, and it may end the connection that asks.
-    let _ = server.try_command(commands[random.below(4) as usize]);
+    let command: &&[&str] = random.pick(&commands);
+    let _ = server.try_command(command);
+}
+
+pub(super) fn end_connections(server: &RedisServer) {
+    for kind in ["pubsub", "normal"] {
+        // It ends the connection that asks, too.
+        let _ = server.try_command(&["CLIENT", "KILL", "TYPE", kind]);
+    }
+}
+
+pub(super) fn waiters(server: &RedisServer, name: &str) -> usize {
+    server.command(&["ZCARD", &(lock_key(name) + ":queue")]).parse().expect("a number")
 }
 
 pub(super) fn connections(server: &RedisServer) -> usize {

@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use fencelock::redis::lock_key;
 
-use super::redis::{connections, disturb, entries};
-use super::{Kind, Part, Rig};
 use super::super::locks::Random;
 use super::super::redis::RedisServer;
+use super::redis::{connections, disturb, end_connections, entries, waiters};
+use super::{Kind, Rig};
 
 /// A server that has restarted has no vote for so long.
 const LONGEST_TTL: Duration = Duration::from_secs(3);
@@ -73,8 +73,32 @@ impl Rig for RedlockRig {
         }
     }
 
+    fn end_connections(&self) {
+        self.0.iter().for_each(end_connections);
+    }
+
+    fn wrong_password(&self) -> String {
+        for server in &self.0 {
+            server.command(&["CONFIG", "SET", "requirepass", "right"]);
+        }
+        // What the first host has goes for all.
+        self.url(KIND.short_ttl).replace("redlock://", "redlock://:wrong@")
+    }
+
+    fn claim_part(&self, _: &str, ttl: Duration) -> Vec<u8> {
+        // Renewals have it, too.
+        format!("\r\n{}\r\n", ttl.as_millis()).into_bytes()
+    }
+
+    fn waiters(&self, name: &str) -> Option<usize> {
+        // As many as a majority knows of: a server that hasn't voted for the holder lines nobody up.
+        let mut counts = self.0.each_ref().map(|server| waiters(server, name));
+        counts.sort_unstable();
+        Some(counts[1])
+    }
+
     fn disturb(&self, random: &mut Random) -> bool {
-        disturb(&self.0[random.below(3) as usize], random);
+        disturb(random.pick(&self.0), random);
         false
     }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use fencelock::sqlserver::lock_resource;
 
-use super::{Kind, Part, Rig};
 use super::super::locks::Random;
 use super::super::sqlserver::{DATABASE, PASSWORD, SqlServer, USER};
+use super::{Kind, Part, Rig};
 
 pub(super) const KIND: Kind = Kind {
     name: "sqlserver",
@@ -32,11 +32,7 @@ impl Rig for SqlServerRig {
     }
 
     fn url_by(&self, addrs: &[SocketAddr], ttl: Duration) -> String {
-        format!(
-            "sqlserver://{USER}:{PASSWORD}@{}/{DATABASE}?encrypt=off&ttl={}ms",
-            addrs[0],
-            ttl.as_millis()
-        )
+        format!("sqlserver://{USER}:{PASSWORD}@{}/{DATABASE}?encrypt=off&ttl={}ms", addrs[0], ttl.as_millis())
     }
 
     fn kill(&self, _: usize) {
@@ -65,12 +61,30 @@ impl Rig for SqlServerRig {
         }
     }
 
+    fn end_connections(&self) {
+        for session in self.0.sessions() {
+            self.0.kill(session.spid);
+        }
+    }
+
+    fn wrong_password(&self) -> String {
+        self.url(KIND.short_ttl).replace(&format!(":{PASSWORD}@"), ":wrong@")
+    }
+
+    fn claim_part(&self, name: &str, _: Duration) -> Vec<u8> {
+        lock_resource(name).encode_utf16().flat_map(u16::to_le_bytes).collect()
+    }
+
+    fn waiters(&self, name: &str) -> Option<usize> {
+        Some(self.0.waiters(DATABASE, &lock_resource(name)))
+    }
+
     fn disturb(&self, random: &mut Random) -> bool {
         let sessions = self.0.sessions();
         if sessions.is_empty() {
             return false;
         }
-        let session = &sessions[random.below(sessions.len() as u64) as usize];
+        let session = random.pick(&sessions);
         if random.below(2) == 0 { self.0.kill(session.spid) } else { self.0.kill_with_error(session.spid) }
     }
 

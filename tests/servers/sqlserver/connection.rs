@@ -405,7 +405,7 @@ impl Connection {
             let fates = {
                 let mut world = self.shared.world();
                 world.requests += 1;
-                world.fates(&request.texts())
+                world.fates(self.spid, &request.texts())
             };
             let shared = self.shared.clone();
             let mut work = Box::pin(carry_out(&shared, self.spid, request, &fates));

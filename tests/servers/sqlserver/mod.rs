@@ -434,6 +434,11 @@ impl SqlServer {
         self.shared.world().aims.push(Aim { part: part.to_owned(), fate });
     }
 
+    /// From now on these strike only what this session asks, or again whatever comes.
+    pub(crate) fn aim_only_at(&self, session: Option<u16>) {
+        self.shared.world().aims_only_at = session;
+    }
+
     /// Whether one of these is still to come.
     pub(crate) fn is_aiming(&self) -> bool {
         !self.shared.world().aims.is_empty()

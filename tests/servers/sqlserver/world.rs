@@ -24,6 +24,8 @@ pub(super) struct World {
     pub(super) principals: HashSet<String>,
     pub(super) cache: Cache,
     pub(super) aims: Vec<Aim>,
+    /// Nothing but what this session asks is struck, if there is one.
+    pub(super) aims_only_at: Option<Spid>,
     /// What the next `sp_getapplock` returns if its resource contains this.
     pub(super) getapplock_returns: Option<(String, i32)>,
     /// In microseconds.
@@ -138,6 +140,7 @@ impl World {
             principals,
             cache: Cache::default(),
             aims: Vec::new(),
+            aims_only_at: None,
             getapplock_returns: None,
             clock_offset: 0,
             delay: Duration::ZERO,
@@ -312,9 +315,9 @@ impl World {
         self.last_row
     }
 
-    /// The fates of a request, of which each aim is one.
-    pub(super) fn fates(&mut self, texts: &[&str]) -> Vec<Aim> {
-        if self.aims.is_empty() {
+    /// The fates of a request of this session, of which each aim is one.
+    pub(super) fn fates(&mut self, spid: Spid, texts: &[&str]) -> Vec<Aim> {
+        if self.aims.is_empty() || self.aims_only_at.is_some_and(|only| only != spid) {
             return Vec::new();
         }
         let mut kinds = HashSet::new();
