@@ -19,7 +19,7 @@ use fencelock::{
 };
 use servers::holder::{Holder, Step};
 use servers::left_out;
-use servers::locks::{Drawn, Fault, Random, SLACK, granted, judge, report, take, waits, within};
+use servers::locks::{Drawn, Fault, Random, SLACK, granted, judge, report, take, take_within, waits, within};
 use servers::postgres::{DATABASE, PASSWORD, PostgresServer, USER};
 use servers::postgres_locks::{
     backend_of, backends, is_about, terminate, until, until_all_free, until_announced, until_blocked,
@@ -913,7 +913,7 @@ async fn waits_that_are_given_up_leave_nothing_behind() {
                 for round in 0..ROUNDS {
                     let time = ms((round * 7 + place as u64) % 25);
                     if round % 2 == 0 {
-                        assert!(lock.try_acquire_for(time).await.unwrap().is_none());
+                        assert!(take_within(&lock, time).await.is_none());
                     } else {
                         assert!(tokio::time::timeout(time, lock.acquire()).await.is_err());
                     }
@@ -978,8 +978,7 @@ async fn a_wait_that_ends_as_the_lock_is_released_leaves_nothing_behind() {
         let held = take(&holder, "x").await;
         let (lock, theirs) = (waiting.create_lock("x"), history.clone());
         let waiter = tokio::spawn(async move {
-            let guard = lock.try_acquire_for(ms(8)).await.unwrap();
-            match guard {
+            match take_within(&lock, ms(8)).await {
                 Some(guard) => theirs.hold(guard, ms(0)).await.map(|()| true).unwrap(),
                 None => false,
             }
@@ -1016,7 +1015,7 @@ async fn short_waits_over_a_slow_network_open_few_connections() {
     let before = proxy.connections();
     let lock = waiting.create_lock("x");
     for _ in 0..WAITS {
-        assert!(within("the timeout", lock.try_acquire_for(ms(30))).await.unwrap().is_none());
+        assert!(take_within(&lock, ms(30)).await.is_none());
     }
     let connections = proxy.connections() - before;
     println!("{connections} connections for {WAITS} short waits");
@@ -1432,7 +1431,7 @@ async fn many_cycles_alone() {
         let held = take(&b, "x").await;
         let lock = a.create_lock("x");
         for i in 0..count as u64 / 10 {
-            assert!(lock.try_acquire_for(ms(i % 10)).await.unwrap().is_none());
+            assert!(take_within(&lock, ms(i % 10)).await.is_none());
         }
         held.release().await.unwrap();
         until_all_free(&server).await;

@@ -15,7 +15,7 @@ use fencelock::sqlserver::SqlServerLocks;
 use fencelock::{ErrorKind, FencingGate, LockGuard, LockOptions, LockProvider, Loss, Provider};
 use servers::holder::{Holder, Step};
 use servers::left_out;
-use servers::locks::{Drawn, Fault, Random, SLACK, granted, judge, report, take, waits, within};
+use servers::locks::{Drawn, Fault, Random, SLACK, granted, judge, report, take, take_within, waits, within};
 use servers::proxy::Proxy;
 use servers::sqlserver::{DATABASE, PASSWORD, SqlServer, USER};
 use servers::sqlserver_locks::{Place, config};
@@ -959,12 +959,7 @@ async fn waits_that_are_given_up_leave_nothing_behind() {
             );
         }
         // One who comes later gets it, and one whose time is up doesn't keep it.
-        assert!(
-            within("the timeout", waiting[1].create_lock("x").try_acquire_for(ms(50)))
-                .await
-                .unwrap()
-                .is_none()
-        );
+        assert!(take_within(&waiting[1].create_lock("x"), ms(50)).await.is_none());
         let waiter = waits(&waiting[0], "x");
         server.until_blocked("x", 1).await;
         let released = Instant::now();
@@ -992,7 +987,7 @@ async fn a_wait_that_ends_as_the_lock_is_released_leaves_nothing_behind() {
             let held = take(&holder, "x").await;
             let (lock, theirs) = (waiting.create_lock("x"), history.clone());
             let waiter = tokio::spawn(async move {
-                match lock.try_acquire_for(ms(8)).await.unwrap() {
+                match take_within(&lock, ms(8)).await {
                     Some(guard) => theirs.hold(guard, ms(0)).await.map(|()| true).unwrap(),
                     None => false,
                 }

@@ -67,7 +67,7 @@ mod transport;
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -140,6 +140,8 @@ pub struct AzureHold {
     ttl: Duration,
     /// Until when it stands, in the nanoseconds of [`Instant`].
     until: AtomicI64,
+    /// A release has begun, and its answer may be lost.
+    releasing: AtomicBool,
 }
 
 impl AzureHold {
@@ -339,7 +341,8 @@ impl AzureLocks {
 impl AzureHold {
     fn new(claim: &Claim, until: Instant) -> Self {
         let until = AtomicI64::new(until.to_nanos());
-        Self { name: claim.name.clone(), lease: claim.owner, ttl: claim.ttl, until }
+        let releasing = AtomicBool::new(false);
+        Self { name: claim.name.clone(), lease: claim.owner, ttl: claim.ttl, until, releasing }
     }
 }
 
@@ -406,8 +409,10 @@ impl Backend for AzureLocks {
             let released = blob.release(&id).await?;
             Ok(if released.is_ok() { Released::Yes } else { Released::NotHeld })
         };
-        // Renewed, a lease that has run out would be there again.
-        if hold.until().has_passed() {
+        // Renewed, a lease that has run out would be there again. And one whose answer was lost would be renewed by each
+        // try, and never released while answers are lost.
+        let again = hold.releasing.swap(true, Ordering::AcqRel);
+        if hold.until().has_passed() || (again && keep_for.is_zero()) {
             return given_back().await;
         }
         // The service releases a lease that was broken, too, and says nothing of that.

@@ -106,6 +106,8 @@ impl FileLocks {
         let device = stem.split('.').next().unwrap_or_default();
         let numbered = device.strip_prefix("com").or(device.strip_prefix("lpt"));
         if matches!(device, "con" | "prn" | "aux" | "nul") || numbered.is_some_and(|n| n.len() == 1) {
+            // Two bytes longer, for which a name that is cut is cut earlier.
+            stem = name.encode(LONGEST_STEM - 2);
             stem = format!("%{:02X}{}", stem.as_bytes()[0], &stem[1..]);
         }
         self.dir.join(stem + EXTENSION)

@@ -34,6 +34,11 @@
 //! ([`Loss::SessionEnded`](crate::Loss::SessionEnded)), and until a job heeds that only the fencing token protects. If only
 //! the way to the server is broken, the provider has the server end that session as soon as it can be reached.
 //!
+//! PostgreSQL counts that time by its wall clock. If the clock is set forward, the server may end a session that is idle
+//! up to the TTL too early: its guards are told at once, but for a holder that is cut off at the same time, for which only
+//! the fencing token protects until its own deadline. If it is set back, the locks of a holder that is frozen or cut off
+//! stay for as much longer, or until its connection ends.
+//!
 //! Before PostgreSQL 14 the locks of a frozen holder stay until its connection ends, which
 //! [`capabilities`](crate::LockProvider::capabilities) of a provider by [`connect`](crate::connect) tell; for one of your own
 //! say that this will do, by [`without_server_expiry`](PostgresLocks::without_server_expiry).

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use redis::aio::{ConnectionLike, MultiplexedConnection, PubSubSink, PubSubStream};
 use redis::sentinel::SentinelClient;
-use redis::{AsyncConnectionConfig, Client, Cmd, RedisError, Value};
+use redis::{AsyncConnectionConfig, Client, Cmd, ConnectionAddr, RedisError, Value};
 use tokio::task::AbortHandle;
 
 use super::failure;
@@ -39,7 +39,11 @@ impl Source {
     /// Which server it is, for messages.
     fn name(&self) -> String {
         match self {
-            Self::Client(client) => client.get_connection_info().addr().to_string(),
+            Self::Client(client) => match client.get_connection_info().addr() {
+                // In a URL without its `?` the password is a part of the path.
+                ConnectionAddr::Unix(_) => "the Unix socket".to_owned(),
+                addr => addr.to_string(),
+            },
             Self::Sentinel(_) => "the master behind the Sentinels".to_owned(),
             Self::Connection(_) => "the server of the given connection".to_owned(),
         }

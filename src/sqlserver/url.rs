@@ -148,6 +148,10 @@ pub(super) fn ado(string: &str) -> Result<SqlServerLocks> {
 
 /// Locks on the server of a JDBC connection string.
 pub(super) fn jdbc(string: &str) -> Result<SqlServerLocks> {
+    if has_blank_keys(string) {
+        // The driver would pass over them, a password or `encrypt` among them.
+        return Err(config_error("in a JDBC connection string no blank may stand before or behind a key"));
+    }
     let config = Config::from_jdbc_string(string).map_err(|_| {
         config_error(
             "the connection string can't be read: `jdbc:sqlserver://HOST:PORT;database=NAME;user=NAME;password={PASSWORD}`, \
@@ -159,6 +163,12 @@ pub(super) fn jdbc(string: &str) -> Result<SqlServerLocks> {
 
 fn of_string(string: &str, config: Result<Config>) -> Result<SqlServerLocks> {
     let pairs = pairs(string);
+    // The driver passes over other names of it, and would go to this machine.
+    let is_address =
+        |pair: &String| ["addr=", "address=", "networkaddress="].iter().any(|key| pair.starts_with(key));
+    if pairs.iter().any(is_address) {
+        return Err(config_error("the server of a connection string is called `Server` or `Data Source`"));
+    }
     let says = |key: &str| pairs.iter().any(|pair| pair.starts_with(key));
     if says("encrypt=") {
         // It has been read by the driver, which refuses what this build can't do.
@@ -168,6 +178,25 @@ fn of_string(string: &str, config: Result<Config>) -> Result<SqlServerLocks> {
         };
     }
     secured(config?, None, says("trustservercertificate"))
+}
+
+/// Whether a key of a JDBC connection string begins or ends with a blank. A semicolon in braces is none.
+fn has_blank_keys(string: &str) -> bool {
+    let (mut in_braces, mut in_key, mut before) = (false, false, ' ');
+    for character in string.chars() {
+        match character {
+            '{' => in_braces = true,
+            '}' => in_braces = false,
+            _ if in_braces => {}
+            ';' => in_key = true,
+            '=' if in_key && before.is_whitespace() => return true,
+            '=' => in_key = false,
+            _ if in_key && before == ';' && character.is_whitespace() => return true,
+            _ => {}
+        }
+        before = character;
+    }
+    false
 }
 
 /// The pairs of a connection string, in lower case and without blanks. A semicolon in quotes or braces is none.

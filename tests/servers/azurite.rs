@@ -239,8 +239,8 @@ impl AzuriteServer {
         self.kill(); // nothing but to forget it
     }
 
-    /// [`stop`](Self::stop) for a network that cuts requests in the middle, for which it would wait: after this time it is
-    /// killed. It saves what it has every five seconds.
+    /// [`stop`](Self::stop) for a network that cuts requests in the middle, for which it would wait: after this time it
+    /// is killed. It saves what it has every five seconds.
     pub(crate) fn stop_within(&self, patience: Duration) {
         let (pid, began) = (self.pid(), Instant::now());
         signal(pid, Signal::TERM);

@@ -26,7 +26,8 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// The server that the environment names, which has to be a URL with a login that may make and drop databases, and `KILL`.
+    /// The server that the environment names, which has to be a URL with a login that may make and drop databases, and
+    /// `KILL`.
     pub(crate) fn of_environment() -> Option<Self> {
         std::env::var(VARIABLE).ok().filter(|url| !url.is_empty()).map(|url| Self::of_url(&url))
     }

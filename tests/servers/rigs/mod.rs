@@ -67,19 +67,14 @@ impl Kind {
     }
 }
 
-/// All backends of this build.
+/// All backends.
 pub(crate) const KINDS: &[&Kind] = &[
     &memory::KIND,
     &file::KIND,
-    #[cfg(feature = "redis")]
     &redis::KIND,
-    #[cfg(feature = "redis")]
     &redlock::KIND,
-    #[cfg(feature = "postgres")]
     &postgres::KIND,
-    #[cfg(feature = "sqlserver")]
     &sqlserver::KIND,
-    #[cfg(feature = "azure")]
     &azure::KIND,
 ];
 
@@ -89,8 +84,8 @@ pub(crate) trait Rig: Debug + Send + Sync {
     /// Where its servers listen: none, one, or several for Redlock.
     fn addrs(&self) -> Vec<SocketAddr>;
 
-    /// The URL of locks with this TTL, by way of these addresses instead of its [`addrs`](Self::addrs): of proxies, say.
-    /// Parameters can be added with `&`.
+    /// The URL of locks with this TTL, by way of these addresses instead of its [`addrs`](Self::addrs): of proxies,
+    /// say. Parameters can be added with `&`.
     fn url_by(&self, addrs: &[SocketAddr], ttl: Duration) -> String;
 
     /// The URL of locks with this TTL.
@@ -165,6 +160,11 @@ pub(crate) trait Rig: Debug + Send + Sync {
 
     /// How many things are stored: keys, rows, blobs, files. Tokens of locks that aren't held may be among them.
     fn entries(&self) -> usize;
+
+    /// [`entries`](Self::entries), without those that go away by themselves.
+    fn lasting_entries(&self) -> usize {
+        self.entries()
+    }
 
     #[doc(hidden)]
     fn lacks(&self, part: Part) -> ! {

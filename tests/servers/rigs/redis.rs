@@ -88,6 +88,10 @@ impl Rig for RedisRig {
     fn entries(&self) -> usize {
         entries(&self.0)
     }
+
+    fn lasting_entries(&self) -> usize {
+        lasting_entries(&self.0)
+    }
 }
 
 /// Does something to a server that frees no lock.
@@ -120,4 +124,14 @@ pub(super) fn connections(server: &RedisServer) -> usize {
 
 pub(super) fn entries(server: &RedisServer) -> usize {
     server.command(&["DBSIZE"]).parse().expect("a number")
+}
+
+pub(super) fn lasting_entries(server: &RedisServer) -> usize {
+    let keyspace = server.command(&["INFO", "keyspace"]);
+    let number = |field: &str| {
+        let (_, rest) = keyspace.split_once(field).unwrap_or(("", "0"));
+        let digits: String = rest.chars().take_while(char::is_ascii_digit).collect();
+        digits.parse::<usize>().expect("a number")
+    };
+    number("keys=") - number("expires=")
 }

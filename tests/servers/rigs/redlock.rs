@@ -8,7 +8,7 @@ use fencelock::redis::lock_key;
 
 use super::super::locks::Random;
 use super::super::redis::RedisServer;
-use super::redis::{connections, disturb, end_connections, entries, waiters};
+use super::redis::{connections, disturb, end_connections, entries, lasting_entries, waiters};
 use super::{Kind, Rig};
 
 /// A server that has restarted has no vote for so long.
@@ -108,5 +108,9 @@ impl Rig for RedlockRig {
 
     fn entries(&self) -> usize {
         self.0.iter().map(entries).sum()
+    }
+
+    fn lasting_entries(&self) -> usize {
+        self.0.iter().map(lasting_entries).sum()
     }
 }
