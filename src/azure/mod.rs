@@ -140,8 +140,8 @@ pub struct AzureHold {
     ttl: Duration,
     /// Until when it stands, in the nanoseconds of [`Instant`].
     until: AtomicI64,
-    /// A release has begun, and its answer may be lost.
-    releasing: AtomicBool,
+    /// A release has asked whether it still stands, and has had no answer.
+    is_unsure: AtomicBool,
 }
 
 impl AzureHold {
@@ -341,8 +341,8 @@ impl AzureLocks {
 impl AzureHold {
     fn new(claim: &Claim, until: Instant) -> Self {
         let until = AtomicI64::new(until.to_nanos());
-        let releasing = AtomicBool::new(false);
-        Self { name: claim.name.clone(), lease: claim.owner, ttl: claim.ttl, until, releasing }
+        let is_unsure = AtomicBool::new(false);
+        Self { name: claim.name.clone(), lease: claim.owner, ttl: claim.ttl, until, is_unsure }
     }
 }
 
@@ -409,14 +409,18 @@ impl Backend for AzureLocks {
             let released = blob.release(&id).await?;
             Ok(if released.is_ok() { Released::Yes } else { Released::NotHeld })
         };
-        // Renewed, a lease that has run out would be there again. And one whose answer was lost would be renewed by each
-        // try, and never released while answers are lost.
-        let again = hold.releasing.swap(true, Ordering::AcqRel);
-        if hold.until().has_passed() || (again && keep_for.is_zero()) {
+        // Renewed, a lease that has run out would be there again. And while answers are lost, each try would renew it, and
+        // none release it.
+        let is_unsure = hold.is_unsure.swap(true, Ordering::AcqRel);
+        if hold.until().has_passed() || (is_unsure && keep_for.is_zero()) {
             return given_back().await;
         }
         // The service releases a lease that was broken, too, and says nothing of that.
-        if blob.renew(&id).await?.is_err() {
+        let stands = blob.renew(&id).await;
+        if !stands.as_ref().is_err_and(|error| error.kind() == ErrorKind::Unknown) {
+            hold.is_unsure.store(false, Ordering::Release);
+        }
+        if stands?.is_err() {
             return Ok(Released::NotHeld);
         }
         if keep_for.is_zero() {

@@ -183,7 +183,11 @@ impl<B: Backend> Keeper<B> {
             tokio::spawn(renew(engine.clone(), batch));
         }
         let mut schedule = lock(&self.schedule);
-        schedule.looks_at = schedule.holdings.keys().next().map_or(Instant::NEVER, |&(at, _)| at);
+        // It looks as early as it meant to, also if what was to come then has been released: or each of many short
+        // holds would wake it.
+        let meant_to = Some(schedule.looks_at).filter(|at| !at.has_passed_at(now));
+        let first = schedule.holdings.keys().next().map(|&(at, _)| at);
+        schedule.looks_at = first.into_iter().chain(meant_to).min().unwrap_or(Instant::NEVER);
         schedule.looks_at
     }
 
