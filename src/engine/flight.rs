@@ -37,9 +37,11 @@ impl Flight {
 
     /// Joins the attempt under way, or makes one.
     ///
+    /// `is_there` tells whether it has been done meanwhile: by an attempt that ended after the caller had looked.
+    ///
     /// It is made in a task of its own, so that who gives up waiting doesn't set back all others; and another is made if
     /// the runtime of that task ends, or isn't polled any more.
-    pub(crate) async fn join<F>(&self, attempt: impl Fn() -> F) -> Result<()>
+    pub(crate) async fn join<F>(&self, is_there: impl Fn() -> bool, attempt: impl Fn() -> F) -> Result<()>
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
@@ -58,6 +60,7 @@ impl Flight {
                 };
                 match &state.under_way {
                     Some(under_way) if joinable(under_way) => under_way.1.clone(),
+                    _ if is_there() => return Ok(()),
                     _ => {
                         let (end, ended) = watch::channel(None);
                         state.under_way = Some((Instant::now(), ended.clone()));
@@ -127,6 +130,10 @@ mod tests {
         }
     }
 
+    fn nothing_yet() -> bool {
+        false
+    }
+
     fn failure() -> Result<()> {
         Err(Error::new(ErrorKind::Unavailable, "down"))
     }
@@ -135,19 +142,31 @@ mod tests {
     async fn all_who_ask_share_one_attempt() {
         let (flight, count) = (Flight::new(LIMIT), Arc::default());
         let attempt = || counting(&count, || Ok(()), Duration::from_secs(1));
-        let (a, b) = tokio::join!(flight.join(attempt), flight.join(attempt));
+        let (a, b) = tokio::join!(flight.join(nothing_yet, attempt), flight.join(nothing_yet, attempt));
         a.and(b).unwrap();
         assert_eq!(count.load(Ordering::Relaxed), 1);
-        flight.join(attempt).await.unwrap();
+        flight.join(nothing_yet, attempt).await.unwrap();
         assert_eq!(count.load(Ordering::Relaxed), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_comes_just_after_its_end_has_what_it_brought() {
+        let (flight, count) = (Flight::new(LIMIT), Arc::default());
+        let attempt = || counting(&count, || Ok(()), Duration::from_secs(1));
+        let is_there = || count.load(Ordering::Relaxed) > 0;
+        flight.join(is_there, attempt).await.unwrap();
+        flight.join(is_there, attempt).await.unwrap();
+        assert_eq!(count.load(Ordering::Relaxed), 1);
     }
 
     #[tokio::test(start_paused = true)]
     async fn whoever_gives_up_does_not_set_back_the_others() {
         let (flight, count) = (Flight::new(LIMIT), Arc::default());
         let attempt = || counting(&count, || Ok(()), Duration::from_secs(1));
-        tokio::time::timeout(Duration::from_millis(500), flight.join(attempt)).await.unwrap_err();
-        flight.join(attempt).await.unwrap();
+        tokio::time::timeout(Duration::from_millis(500), flight.join(nothing_yet, attempt))
+            .await
+            .unwrap_err();
+        flight.join(nothing_yet, attempt).await.unwrap();
         assert_eq!(count.load(Ordering::Relaxed), 1);
     }
 
@@ -157,7 +176,7 @@ mod tests {
         let attempt = || counting(&count, failure, Duration::ZERO);
         let began = tokio::time::Instant::now();
         while began.elapsed() < Duration::from_secs(10) {
-            flight.join(attempt).await.unwrap_err();
+            flight.join(nothing_yet, attempt).await.unwrap_err();
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
         let attempts = count.load(Ordering::Relaxed);
@@ -174,10 +193,12 @@ mod tests {
             let attempt = || counting(&count, || Ok(()), Duration::from_millis(50));
             let first = runtime();
             first.block_on(async {
-                tokio::time::timeout(Duration::from_millis(10), flight.join(attempt)).await.unwrap_err();
+                tokio::time::timeout(Duration::from_millis(10), flight.join(nothing_yet, attempt))
+                    .await
+                    .unwrap_err();
             });
             let first = (!gone).then_some(first);
-            runtime().block_on(flight.join(attempt)).unwrap();
+            runtime().block_on(flight.join(nothing_yet, attempt)).unwrap();
             assert_eq!(count.load(Ordering::Relaxed), 2);
             drop(first);
         }

@@ -177,7 +177,7 @@ impl<P: Hears> Subscription<P> {
                 Ok(())
             }
         };
-        self.subscribing.join(attempt).await?;
+        self.subscribing.join(|| self.is_live(generation), attempt).await?;
         self.subscribing.succeeds();
         Ok(())
     }

@@ -218,7 +218,7 @@ impl Link {
             return Ok(opened);
         }
         let shared = &self.shared;
-        shared.opening.join(|| shared.clone().open()).await?;
+        shared.opening.join(|| shared.usable().is_some(), || shared.clone().open()).await?;
         shared.usable().ok_or_else(|| Error::new(ErrorKind::Unavailable, "the connection broke at once"))
     }
 

@@ -137,6 +137,11 @@ pub(crate) fn locks(rest: &str, parameters: &[(&str, &str)]) -> Result<SqlServer
 /// Locks on the server of an ADO.NET connection string.
 pub(super) fn ado(string: &str) -> Result<SqlServerLocks> {
     // The driver's error may contain a part of the string.
+    // It would go to this machine.
+    let is_server = |pair: &String| pair.starts_with("server=") || pair.starts_with("datasource=");
+    if !pairs(string).iter().any(is_server) {
+        return Err(config_error("the connection string names no server: `Server=tcp:HOST,PORT`"));
+    }
     let config = Config::from_ado_string(string).map_err(|_| {
         config_error(
             "the connection string can't be read: `Server=tcp:HOST,PORT;Database=NAME;User ID=NAME;Password='PASSWORD'`, with \
@@ -148,6 +153,10 @@ pub(super) fn ado(string: &str) -> Result<SqlServerLocks> {
 
 /// Locks on the server of a JDBC connection string.
 pub(super) fn jdbc(string: &str) -> Result<SqlServerLocks> {
+    // It would go to this machine; another place for the name is passed over.
+    if string.split_once("//").is_none_or(|(_, rest)| rest.is_empty() || rest.starts_with(';')) {
+        return Err(config_error("the connection string names no server: `jdbc:sqlserver://HOST:PORT`"));
+    }
     if has_blank_keys(string) {
         // The driver would pass over them, a password or `encrypt` among them.
         return Err(config_error("in a JDBC connection string no blank may stand before or behind a key"));
@@ -177,7 +186,9 @@ fn of_string(string: &str, config: Result<Config>) -> Result<SqlServerLocks> {
             config => Ok(SqlServerLocks::new(config?)),
         };
     }
-    secured(config?, None, says("trustservercertificate"))
+    // Wherever it stands, since the driver may take another part of it for a key than we do, and then trusts nobody else.
+    let text: String = string.to_lowercase().split_whitespace().collect();
+    secured(config?, None, text.contains("trustservercertificate"))
 }
 
 /// Whether a key of a JDBC connection string begins or ends with a blank. A semicolon in braces is none.
@@ -306,6 +317,13 @@ mod tests {
         assert_eq!(read("Server=a; Encrypt = true"), "server=a|encrypt=true");
         assert_eq!(read("Password='x;encrypt=no';A=b"), "password='x;encrypt=no'|a=b");
         assert_eq!(read("password={x;encrypt=no};a=b"), "password={x;encrypt=no}|a=b");
+    }
+
+    #[test]
+    fn a_string_that_the_driver_reads_otherwise_makes_nobody_panic() {
+        let string = "Server=tcp:127.0.0.1,1433;x\"y=true;TrustServerCertificateCA=/nowhere.pem";
+        assert!(!pairs(string).iter().any(|pair| pair.starts_with("trust")), "{:?}", pairs(string));
+        assert!(ado(string).is_ok());
     }
 
     #[test]

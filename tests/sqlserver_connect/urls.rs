@@ -250,6 +250,12 @@ async fn bad_urls_say_what_to_do() {
         ("sqlserver://app:never@HOST/locks?encrypt=off&db_principal=", "principal"),
         ("jdbc:sqlserver://HOST;database=locks;user=app;password={never", "jdbc:sqlserver://HOST:PORT"),
         ("jdbc:postgresql://HOST/locks?password=never", "jdbc:sqlserver://HOST:PORT"),
+        ("jdbc:sqlserver://;serverName=HOST;user=app;password=never", "names no server"),
+        ("jdbc:sqlserver://HOST; database=locks;user=app;password=never", "no blank"),
+        ("jdbc:sqlserver://HOST;encrypt =strict;user=app;password=never", "no blank"),
+        ("Database=locks;User ID=app;Password=never", "names no server"),
+        ("Address=tcp:127.0.0.1,PORT;Password=never", "names no server"),
+        ("Server=tcp:127.0.0.1,PORT;Addr=db;Password=never", "`Server` or `Data Source`"),
         ("Server=tcp:127.0.0.1,PORT;Password='never", "Server=tcp:HOST,PORT"),
         ("Server=tcp:127.0.0.1,never;Password=never", "Server=tcp:HOST,PORT"),
     ] {

@@ -173,7 +173,7 @@ impl<S: Server> Pool<S> {
                 Ok(())
             }
         };
-        shared.opening.join(open).await?;
+        shared.opening.join(|| shared.user().is_some(), open).await?;
         let user = shared.user().ok_or_else(|| unavailable("the session ended at once"))?;
         shared.opening.succeeds();
         Ok(user)
