@@ -32,6 +32,7 @@ pub(crate) mod redis;
 #[cfg(feature = "redis")]
 pub(crate) mod redis_locks;
 mod resp;
+#[cfg(all(feature = "azure", feature = "postgres", feature = "redis", feature = "sqlserver"))]
 pub(crate) mod rigs;
 #[cfg(feature = "sqlserver")]
 pub(crate) mod sqlserver;
