@@ -106,7 +106,7 @@ pub(crate) const BACKENDS: &[Backend] = &[
         },
         limits: postgres::limits,
         pace: Pace { cycles: 1_000, many: 15_360, handovers: 80 },
-        // At the end of each transaction the server walks through all locks of its session: a hundred thousand take minutes.
+        // A hundred thousand on one session keep the server busy for minutes.
         held: &[0, 1_000, 10_000],
     },
     Backend {
