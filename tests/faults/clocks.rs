@@ -70,13 +70,7 @@ pub(crate) async fn clock_back(stage: &Stage) {
     sleep(ttl + ttl / 2).await;
     assert!(!held.is_lost(), "{:?}", held.lost().await);
     assert!(!waiter.is_finished(), "two at once");
-    let token = held.fencing_token();
-    let released = Instant::now();
-    held.release().await.expect("it is held");
-    let (guard, at) = granted(waiter).await;
-    assert!(at - released < stage.ask() + SLACK, "{:?}", at - released);
-    stage.report("the waiter after the release", at - released);
-    assert!(guard.fencing_token() > token);
+    let guard = stage.hand_over(held, waiter, "the waiter after the release").await;
     guard.release().await.expect("it is held");
 
     let mut dies = Holder::start(&stage.url(ttl), "x");
@@ -86,8 +80,7 @@ pub(crate) async fn clock_back(stage: &Stage) {
     let killed = Instant::now();
     dies.kill();
     let (guard, at) = granted(waiter).await;
-    let left = if stage.is_lease() { ttl } else { Duration::ZERO };
-    assert!(at - killed < left + stage.look() + SLACK, "{:?}", at - killed);
+    assert!(at - killed < stage.left_by_the_dead(ttl) + stage.look() + SLACK, "{:?}", at - killed);
     stage.report(&format!("the next holder after one died (ttl {ttl:?})"), at - killed);
     assert!(guard.fencing_token() > token);
     guard.release().await.expect("it is held");

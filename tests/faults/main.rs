@@ -23,9 +23,9 @@ use std::sync::LazyLock;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use libtest_mimic::{Arguments, Completion, Trial};
+use libtest_mimic::{Arguments, Trial};
+use servers::holder;
 use servers::rigs::{KINDS, Kind, Part};
-use servers::{holder, is_left_out};
 use stage::Stage;
 use tokio::runtime::Builder;
 use tokio::sync::Semaphore;
@@ -123,15 +123,10 @@ fn main() -> ExitCode {
     }
     let (mut long, mut trials) = (Vec::new(), Vec::new());
     for kind in KINDS {
-        let left_out = is_left_out(kind.feature);
-        if left_out {
-            eprintln!("FENCELOCK_SKIP: {} is left out", kind.name);
-        }
+        let left_out = kind.left_out();
         let trials = if is_long(kind) { &mut long } else { &mut trials };
         for scenario in SCENARIOS {
-            let obstacle =
-                if left_out { Some("left out by FENCELOCK_SKIP") } else { scenario.obstacle(kind) };
-            trials.push(trial(kind, scenario, obstacle));
+            trials.push(trial(kind, scenario, left_out.or(scenario.obstacle(kind))));
         }
     }
     let mut arguments = Arguments::from_args();
@@ -156,22 +151,15 @@ impl Scenario {
 }
 
 fn trial(kind: &'static Kind, scenario: &'static Scenario, obstacle: Option<&'static str>) -> Trial {
-    let name = format!("{}::{}", kind.name, scenario.name);
-    let trial = Trial::ignorable_test(name, move || match obstacle {
-        None => {
-            let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build();
-            runtime.expect("a runtime can be built").block_on(async {
-                let place = if is_long(kind) { None } else { Some(PLACES.acquire().await) };
-                let _place = place.transpose().expect("it is never closed");
-                let shares = is_long(kind) && !ALONE.contains(&scenario.name);
-                let stage = Stage::set(kind, scenario.name, shares).await;
-                (scenario.play)(&stage).await;
-            });
-            Ok(Completion::Completed)
-        }
-        // Asked for all the same. Nextest knows only the exit code, by which it would count as passed.
-        Some(obstacle) if std::env::var_os("NEXTEST").is_some() => Err(obstacle.into()),
-        Some(obstacle) => Ok(Completion::ignored_with(obstacle)),
-    });
-    trial.with_ignored_flag(obstacle.is_some())
+    kind.trial(scenario.name, obstacle, move || {
+        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.expect("a runtime can be built").block_on(async {
+            let place = if is_long(kind) { None } else { Some(PLACES.acquire().await) };
+            let _place = place.transpose().expect("it is never closed");
+            let shares = is_long(kind) && !ALONE.contains(&scenario.name);
+            let stage = Stage::set(kind, scenario.name, shares).await;
+            (scenario.play)(&stage).await;
+        });
+        Ok(())
+    })
 }

@@ -69,11 +69,7 @@ pub(crate) async fn minority_down(stage: &Stage) {
         let waiter = waits(&b, &name);
         sleep_after(gone, ttl + ttl / 3).await;
         assert!(!held.is_lost() && !waiter.is_finished());
-        let released = Instant::now();
-        held.release().await.expect("it is held");
-        let (guard, at) = granted(waiter).await;
-        assert!(at - released < stage.ask() + SLACK, "{:?}", at - released);
-        stage.report(&format!("a waiter with one {away:?}"), at - released);
+        let guard = stage.hand_over(held, waiter, &format!("a waiter with one {away:?}")).await;
         guard.release().await.expect("it is held");
         away.end(stage, &network, 0);
     }

@@ -57,13 +57,7 @@ pub(crate) async fn scripts_flushed(stage: &Stage) {
         }
         assert!(!held.is_lost() && !waiter.is_finished());
         flush();
-        let token = held.fencing_token();
-        let released = Instant::now();
-        held.release().await.expect("it is held");
-        let (guard, at) = granted(waiter).await;
-        assert!(at - released < stage.ask() + SLACK, "{:?}", at - released);
-        stage.report("the waiter after the release", at - released);
-        assert!(guard.fencing_token() > token);
+        let guard = stage.hand_over(held, waiter, "the waiter after the release").await;
         flush();
         guard.release().await.expect("it is held");
     }

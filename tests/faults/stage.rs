@@ -8,7 +8,7 @@ use fencelock::{Capabilities, DistributedLock, Expiry, LockGuard, LockOptions, L
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-use crate::servers::locks::{Fault, report, within};
+use crate::servers::locks::{Fault, SLACK, granted, report, within};
 use crate::servers::proxy::{Proxy, Traffic};
 use crate::servers::rigs::{Kind, Rig};
 
@@ -138,6 +138,23 @@ impl Stage {
             }
         };
         within("others wait for the lock", waiting).await;
+    }
+
+    /// The holder releases the lock, and the waiter has it soon, with a higher token. `what` is what is reported of it.
+    pub(crate) async fn hand_over(
+        &self,
+        held: LockGuard,
+        waiter: JoinHandle<(LockGuard, Instant)>,
+        what: &str,
+    ) -> LockGuard {
+        let token = held.fencing_token();
+        let released = Instant::now();
+        held.release().await.expect("it is held");
+        let (guard, at) = granted(waiter).await;
+        assert!(at - released < self.ask() + SLACK, "{:?}", at - released);
+        self.report(what, at - released);
+        assert!(guard.fencing_token() > token);
+        guard
     }
 
     /// Says how long something took.

@@ -22,11 +22,10 @@ use std::hash::{BuildHasher, RandomState};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use libtest_mimic::{Arguments, Completion, Failed, Trial};
+use libtest_mimic::{Arguments, Failed, Trial};
 
 use faults::{OnNetwork, OnWorkers};
 use run::{Plan, run};
-use servers::is_left_out;
 use servers::rigs::{KINDS, Kind, Part};
 
 const SECONDS: &str = "FENCELOCK_NEMESIS_SECONDS";
@@ -60,19 +59,8 @@ fn seed() -> u64 {
 }
 
 fn trial(kind: &'static Kind) -> Trial {
-    let left_out = is_left_out(kind.feature);
-    if left_out {
-        eprintln!("FENCELOCK_SKIP: {} is left out", kind.name);
-    }
-    let obstacle =
-        if left_out { Some("left out by FENCELOCK_SKIP") } else { kind.obstacle(&[Part::Processes]) };
-    let trial = Trial::ignorable_test(format!("{}::nemesis", kind.name), move || match obstacle {
-        None => nemesis(kind).map(|()| Completion::Completed),
-        // Asked for all the same. Nextest knows only the exit code, by which it would count as passed.
-        Some(obstacle) if std::env::var_os("NEXTEST").is_some() => Err(obstacle.into()),
-        Some(obstacle) => Ok(Completion::ignored_with(obstacle)),
-    });
-    trial.with_ignored_flag(obstacle.is_some())
+    let obstacle = kind.left_out().or(kind.obstacle(&[Part::Processes]));
+    kind.trial("nemesis", obstacle, move || nemesis(kind))
 }
 
 fn nemesis(kind: &'static Kind) -> Result<(), Failed> {

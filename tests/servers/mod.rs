@@ -32,7 +32,13 @@ pub(crate) mod redis;
 #[cfg(feature = "redis")]
 pub(crate) mod redis_locks;
 mod resp;
-#[cfg(all(feature = "azure", feature = "postgres", feature = "redis", feature = "sqlserver"))]
+#[cfg(all(
+    feature = "azure",
+    feature = "postgres",
+    feature = "redis",
+    feature = "sqlserver",
+    feature = "testing"
+))]
 pub(crate) mod rigs;
 #[cfg(feature = "sqlserver")]
 pub(crate) mod sqlserver;

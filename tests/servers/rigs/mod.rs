@@ -15,6 +15,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use libtest_mimic::{Completion, Failed, Trial};
+
+use super::is_left_out;
 use super::locks::Random;
 
 /// A backend, and what it has of what faults are done to.
@@ -64,6 +67,30 @@ impl Kind {
             .iter()
             .find_map(|need| self.lacks.iter().find(|(part, _)| part == need))
             .map(|(_, reason)| *reason)
+    }
+
+    /// Why none of its trials is played, if `FENCELOCK_SKIP` names it, which is said then.
+    pub(crate) fn left_out(&self) -> Option<&'static str> {
+        is_left_out(self.feature).then(|| {
+            eprintln!("FENCELOCK_SKIP: {} is left out", self.name);
+            "left out by FENCELOCK_SKIP"
+        })
+    }
+
+    /// The trial `KIND::NAME`, which is ignored if there is an obstacle.
+    pub(crate) fn trial(
+        &self,
+        name: &str,
+        obstacle: Option<&'static str>,
+        play: impl FnOnce() -> Result<(), Failed> + Send + 'static,
+    ) -> Trial {
+        let trial = Trial::ignorable_test(format!("{}::{name}", self.name), move || match obstacle {
+            None => play().map(|()| Completion::Completed),
+            // Asked for all the same. Nextest knows only the exit code, by which it would count as passed.
+            Some(obstacle) if std::env::var_os("NEXTEST").is_some() => Err(obstacle.into()),
+            Some(obstacle) => Ok(Completion::ignored_with(obstacle)),
+        });
+        trial.with_ignored_flag(obstacle.is_some())
     }
 }
 
